@@ -1,0 +1,403 @@
+"""Frames on disk: clips written whole or not at all, read from anything, images made ready. Imports no torch.
+
+Frames are uint8 numpy `[F, H, W, 3]`, RGB. mp4 is H.264 by PyAV with BT.709 colour, converted and tagged as such; gif, webp
+and PNG frames go through imageio, as does all reading. Each clip carries its recipe as JSON.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+
+from videogen.errors import FileError, InvalidRequest, NumericalError
+
+Frames = UInt8[np.ndarray, "F H W 3"]
+FORMATS = (".mp4", ".gif", ".webp", ".png")
+BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer and matrix
+LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
+DESCRIPTION = 0x010E  # EXIF ImageDescription: where webp keeps the recipe
+
+
+class Video:
+    """A clip: its frames, frame rate, seed, and the settings that made it.
+
+    `frames` may be given as the path they were written to; they are then read when first asked for.
+    """
+
+    def __init__(
+        self,
+        frames: np.ndarray | str | Path,
+        fps: float | int,
+        seed: int | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(frames) if isinstance(frames, str | Path) else None
+        self.fps, self.seed, self.settings = fps, seed, settings or {}
+        if isinstance(frames, np.ndarray):
+            self.frames = to_uint8(frames)
+
+    @cached_property
+    def frames(self) -> Frames:
+        assert self.path is not None
+        return read_video(self.path)[0]
+
+    def save(self, path: str | Path, *, overwrite: bool = False, crf: int = 17, metadata: bool = True) -> Path:
+        """Write the clip as .mp4, .gif, .webp or .png frames, by the ending of `path`; returns where it is."""
+        recipe = self.settings if metadata else None
+        return write_video(path, self.frames, self.fps, recipe=recipe, crf=crf, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        where = f", path={str(self.path)!r}" if self.path else "x".join(map(str, ("", *self.frames.shape[:3])))
+        return f"Video({where.lstrip(', x')}, fps={self.fps}, seed={self.seed})"
+
+    def _repr_html_(self) -> str:
+        """The clip itself, playing inside a notebook."""
+        with tempfile.TemporaryDirectory() as folder:
+            data = self.save(Path(folder) / "clip.mp4", metadata=False).read_bytes()
+        source = "data:video/mp4;base64," + base64.b64encode(data).decode()
+        title = html.escape(str(self.settings.get("prompt", "")), quote=True)
+        return f'<video controls loop autoplay muted title="{title}" src="{source}"></video>'
+
+
+def to_uint8(frames: Shaped[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
+    """Float frames in [0, 1], clamped and rounded to 0..255; uint8 frames pass. NaN or Inf never becomes a picture."""
+    if frames.dtype == np.uint8:
+        return frames
+    if not np.isfinite(frames).all():
+        raise NumericalError(
+            "the frames are not finite; nothing was written.",
+            why="the model produced NaN or Inf, usually float16 overflowing.",
+            hint="--dtype bfloat16 or --dtype float32",
+        )
+    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+# Writing
+
+
+def write_video(
+    path: str | Path,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float | int,
+    *,
+    recipe: dict[str, Any] | None = None,
+    crf: int = 17,
+    overwrite: bool = False,
+) -> Path:
+    """Write `[F, H, W, 3]` frames, or an iterator of such chunks as they are decoded, and return where the clip is.
+
+    The format is the ending of `path`. `clip.png` makes the folder `clip/` with `0000.png` and so on; `there/%03d.png` sets
+    the names. The clip is written under a temporary name in the same folder and renamed when complete: an error or an
+    interrupt leaves nothing behind.
+    """
+    path = Path(path)
+    target = check_output(path, overwrite=overwrite)
+    chunks = (to_uint8(chunk) for chunk in ([frames] if isinstance(frames, np.ndarray) else frames))
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".mp4":
+            _write_mp4(part, chunks, fps, recipe, crf)
+        elif path.suffix.lower() == ".png":
+            _write_png(part, path.name if "%" in path.name else "%04d.png", chunks, recipe)
+        else:
+            _write_animation(part, path.suffix.lower(), chunks, fps, recipe)
+        check_output(path, overwrite=overwrite)  # somebody else may have made it meanwhile
+        _into_place(part, target)
+    except OSError as error:  # PyAV's errors are among them
+        raise FileError(
+            f"{path} could not be written.",
+            why=str(error),
+            hint="free some disk space, or choose another place with --out",
+        ) from error
+    finally:
+        _remove(part)
+    return target
+
+
+def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Refuse an unknown format or an existing clip, before any work is done; returns the file or folder to be made."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise InvalidRequest(
+            f"{path.name!r} is no known kind of clip.",
+            why=f"the ending chooses the format: {', '.join(FORMATS)} (.png makes a folder of frames).",
+            hint=f"--out {path.with_suffix('.mp4')}",
+            param="out",
+        )
+    target = path
+    if path.suffix.lower() == ".png":
+        target = path.parent if "%" in path.name else path.with_suffix("")
+    if target.exists() and not overwrite:
+        raise FileError(
+            f"{target} exists already.",
+            why="a clip is never overwritten unasked.",
+            hint="--overwrite (overwrite=True in Python), or another name",
+            param="out",
+        )
+    return target
+
+
+def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: dict[str, Any] | None, crf: int) -> None:
+    import av
+
+    # faststart: the index first, so that players start at once; use_metadata_tags: keys beyond the usual few are kept.
+    with av.open(part, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as file:
+        if recipe is not None:
+            file.metadata.update(dict.fromkeys(("videogen", "comment"), json.dumps(recipe)))
+        stream = None
+        for index, picture in enumerate(picture for chunk in chunks for picture in chunk):
+            if stream is None:
+                height, width = picture.shape[:2]
+                _even(height, width)
+                stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+                stream.width, stream.height, stream.pix_fmt, stream.options = (
+                    width,
+                    height,
+                    "yuv420p",
+                    {"crf": str(crf)},
+                )
+                codec: Any = stream.codec_context
+                codec.color_primaries = codec.color_trc = codec.colorspace = BT709
+                codec.color_range = LIMITED
+            # The tags alone would only claim BT.709: swscale converts with BT.601 unless it is told.
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(
+                format="yuv420p",
+                src_colorspace="ITU709",
+                dst_colorspace="ITU709",
+                src_color_range="JPEG",
+                dst_color_range="MPEG",
+            )
+            frame.pts = index
+            file.mux(stream.encode(frame))
+        if stream is None:
+            raise _no_frames()
+        file.mux(stream.encode())
+
+
+def _write_animation(part: Path, suffix: str, chunks: Iterator[Frames], fps: float | int, recipe: dict | None) -> None:
+    import imageio.v3 as iio
+    from PIL import Image
+
+    pictures = [picture for chunk in chunks for picture in chunk]
+    if not pictures:
+        raise _no_frames()
+    text = None if recipe is None else json.dumps(recipe)
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0}
+    if suffix == ".gif":
+        options |= {} if text is None else {"comment": text.encode()}
+    else:
+        exif = Image.Exif()
+        if text is not None:
+            exif[DESCRIPTION] = text
+        options |= {"quality": 90, "exif": exif}
+    part.write_bytes(iio.imwrite("<bytes>", np.stack(pictures), extension=suffix, plugin="pillow", **options))
+
+
+def _write_png(part: Path, pattern: str, chunks: Iterator[Frames], recipe: dict | None) -> None:
+    import imageio.v3 as iio
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if recipe is not None:
+        info.add_text("videogen", json.dumps(recipe))
+    part.mkdir()
+    for index, picture in enumerate(picture for chunk in chunks for picture in chunk):
+        iio.imwrite(part / (pattern % index), picture, plugin="pillow", pnginfo=info)
+    if not any(part.iterdir()):
+        raise _no_frames()
+
+
+def _into_place(part: Path, target: Path) -> None:
+    """Rename; an existing folder of frames keeps its other files, but no frame of the longer clip before."""
+    if not (part.is_dir() and target.is_dir()):
+        os.replace(part, target)
+        return
+    for old in target.glob("*.png"):
+        old.unlink()
+    for new in sorted(part.iterdir()):
+        os.replace(new, target / new.name)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _even(height: int, width: int) -> None:
+    if height % 2 or width % 2:
+        raise InvalidRequest(
+            f"{width}x{height} cannot be an mp4.",
+            why="H.264 stores colour at half size, so width and height must be even.",
+            hint=f"{width + width % 2}x{height + height % 2}, or --out with the ending .webp or .png",
+            param="out",
+        )
+
+
+def _no_frames() -> InvalidRequest:
+    return InvalidRequest("there are no frames to write.", hint="a clip needs at least one.")
+
+
+# Reading
+
+
+def read_video(path: str | Path, *, limit: int | None = None) -> tuple[Frames, float | None]:
+    """The frames (at most `limit`) and the frame rate of any clip, or of a folder of pictures (which has no rate)."""
+    import imageio.v3 as iio
+
+    path = local(path)
+    try:
+        if path.is_dir():
+            pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+            frames = [np.asarray(read_image(p)) for p in pictures[:limit]]
+            fps = None
+        else:
+            plugin = "pillow" if path.suffix.lower() in (".gif", ".webp", ".png") else "pyav"
+            mode: dict[str, Any] = {"mode": "RGB"} if plugin == "pillow" else {"format": "rgb24"}
+            frames = []
+            for frame in iio.imiter(path, plugin=plugin, **mode):
+                frames.append(frame)
+                if len(frames) == limit:
+                    break
+            meta = iio.immeta(path, plugin=plugin)
+            fps = meta.get("fps") or (1000 / meta["duration"] if meta.get("duration") else None)
+        if not frames:
+            raise ValueError("it holds no frames")
+        return np.stack(frames), None if fps is None else float(fps)
+    except Exception as error:  # decoders raise their own kinds
+        raise FileError(
+            f"{path} cannot be read as a clip.",
+            why=f"{type(error).__name__}: {error}",
+            hint="an mp4, gif, webp or folder of PNGs",
+        ) from error
+
+
+def read_recipe(path: str | Path) -> dict[str, Any] | None:
+    """The settings embedded in a clip by `write_video`, or None if it carries none."""
+    path = local(path)
+    if path.is_dir():
+        path = next(iter(sorted(path.glob("*.png"))), path)
+    try:
+        texts = _texts(path)
+    except Exception as error:
+        raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
+    for text in texts:
+        with contextlib.suppress(ValueError, TypeError):
+            recipe = json.loads(text)
+            if isinstance(recipe, dict):
+                return recipe
+    return None
+
+
+def _texts(path: Path) -> list[Any]:
+    """Where a recipe may be, best first."""
+    if path.suffix.lower() in (".gif", ".webp", ".png"):
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return [image.info.get("videogen"), image.info.get("comment"), image.getexif().get(DESCRIPTION)]
+    import av
+
+    with av.open(path) as file:
+        return [file.metadata.get("videogen"), file.metadata.get("comment")]
+
+
+# Images
+
+
+def local(path: str | Path) -> Path:
+    """A path on this machine that exists; addresses are refused (what a URL holds can change, and would be fetched unasked)."""
+    if re.match(r"[a-zA-Z][\w+.-]+://", str(path)) or str(path).startswith("data:"):
+        raise InvalidRequest(
+            f"{path} is an address.", why="only files here are opened.", hint="download it and give its path."
+        )
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InvalidRequest(f"{path} does not exist.", why="no such file.", hint="check the path.")
+    return path
+
+
+def read_image(image: Any) -> Any:
+    """A path, PIL image, array `[H, W, 3]` or tensor `[3, H, W]` as an RGB `PIL.Image`.
+
+    Turned as its EXIF tag says; transparency is laid on white. Float arrays and tensors are in [0, 1] and rounded to bytes.
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(image, str | Path):
+        path = local(image)
+        try:
+            with Image.open(path) as file:
+                file.load()
+                image = file
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise FileError(
+                f"{path} cannot be read as an image.", why=str(error), hint="a PNG, JPEG or WebP file."
+            ) from error
+    if not isinstance(image, Image.Image):
+        return Image.fromarray(to_uint8(_array(image)))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_image(image: Any, height: int, width: int, fit: str = "crop") -> Float[np.ndarray, "3 H W"]:
+    """An image at the size of the clip, float32 in [-1, 1].
+
+    `crop` fills the frame and cuts what sticks out, `pad` fits inside and adds black, `stretch` ignores the aspect (and is
+    diffusers' own way). Lanczos throughout. A float array or tensor that already has the size is not rounded to bytes.
+    """
+    from PIL import Image, ImageOps
+
+    if hasattr(image, "shape") and (pixels := _array(image)).shape[:2] == (height, width) and pixels.dtype != np.uint8:
+        if not np.isfinite(pixels).all():
+            raise InvalidRequest(
+                "an image has NaN or Inf.", why="pixels are numbers in [0, 1].", hint="check the array."
+            )
+        return np.ascontiguousarray(2 * pixels.transpose(2, 0, 1) - 1, dtype=np.float32)
+    picture, size = read_image(image), (width, height)
+    if fit == "stretch":
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    elif fit == "pad":
+        picture = ImageOps.pad(picture, size, Image.Resampling.LANCZOS, color="black")
+    else:
+        picture = ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+    pixels = np.asarray(picture).astype(np.float32) / 255
+    return np.ascontiguousarray(2 * pixels.transpose(2, 0, 1) - 1)
+
+
+def _array(image: Any) -> np.ndarray:
+    """An array `[H, W, 3]` or tensor `[3, H, W]` as an array `[H, W, 3]`."""
+    tensor = hasattr(image, "detach")
+    array = image.detach().cpu().numpy() if tensor and not image.dtype.is_floating_point else image
+    if tensor and image.dtype.is_floating_point:
+        array = image.detach().cpu().double().numpy()  # numpy has no bfloat16
+    if tensor and array.ndim == 3 and array.shape[0] == 3:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+        raise InvalidRequest(
+            f"an image of shape {tuple(image.shape)} and type {image.dtype} cannot be used.",
+            why="an array is [height, width, 3], a tensor [3, height, width]; uint8, or float in [0, 1].",
+            hint="give a path or a PIL image.",
+        )
+    return array

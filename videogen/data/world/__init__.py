@@ -1,0 +1,34 @@
+"""The procedural world: seeded scenes, their captions and their pixels. See docs/world.md."""
+
+from videogen.data.world.caption import VOCABULARY, caption
+from videogen.data.world.render import render
+from videogen.data.world.scene import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    draw_scene,
+    is_held_out,
+    is_held_out_pair,
+)
+from videogen.data.world.stream import clip
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "MOTIONS",
+    "SHAPES",
+    "SIZES",
+    "VOCABULARY",
+    "Scene",
+    "Thing",
+    "caption",
+    "clip",
+    "draw_scene",
+    "is_held_out",
+    "is_held_out_pair",
+    "render",
+]

@@ -1,0 +1,28 @@
+"""The endless training set: sample i is a function of (seed, i) alone, so a run resumes without saved random state."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from videogen.data.world.caption import caption
+from videogen.data.world.render import render
+from videogen.data.world.scene import Scene, draw_scene
+
+
+def clip(
+    index: int,
+    seed: int = 0,
+    *,
+    num_frames: int = 17,
+    height: int = 64,
+    width: int = 64,
+    held_out: bool | None = False,
+    checkered: float = 0.1,
+    dropout: float = 0.25,
+    synonyms: float = 0.3,
+) -> tuple[Scene, np.ndarray, str]:
+    """Sample `index` of the stream: the scene, its frames [F, H, W, 3] in [0, 1], and a caption."""
+    rng = np.random.default_rng((seed, index))
+    scene = draw_scene(rng, held_out=held_out, checkered=checkered)
+    words = caption(scene, rng, dropout=dropout, synonyms=synonyms)
+    return scene, render(scene, num_frames, height, width), words

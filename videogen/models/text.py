@@ -1,0 +1,77 @@
+"""Prompts to embeddings: the T5 encoder of the published models, and how to make a small one over a closed vocabulary.
+
+The transformer was trained with the padding in its sequence, and T5 ran over the padded tokens without a mask; so here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5EncoderModel
+
+PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
+
+
+class TextEncoder(nn.Module):
+    """T5 and its tokenizer as one function of prompts, each padded or cut to `max_length` tokens."""
+
+    def __init__(self, encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> Float[Tensor, "b l e"]:
+        batch = self.tokenizer(
+            prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        )
+        return self.encoder(batch["input_ids"].to(self.encoder.device)).last_hidden_state
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of the whole prompt, its end mark included; beyond `max_length` the rest is not read."""
+        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+
+
+def word_tokenizer(vocabulary: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """One token per word or punctuation mark, lower case. Ids: padding 0, end 1, unknown 2, then `vocabulary`."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate([PAD, END, UNKNOWN, *vocabulary])}
+    if len(words) != len(vocabulary) + 3:
+        raise ValueError("the vocabulary holds a word twice")
+    core = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    core.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, words[END])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=max_length
+    )
+
+
+def tiny_t5(
+    vocab_size: int, *, d_model: int = 128, num_layers: int = 2, num_heads: int = 4, d_ff: int = 256
+) -> T5EncoderModel:
+    """A small encoder with fresh weights, of the kind of the published T5 v1.1 XXL (gated GELU)."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=d_model // num_heads,
+        d_ff=d_ff,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return T5EncoderModel(config)

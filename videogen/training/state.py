@@ -1,0 +1,90 @@
+"""A run's state on disk: complete or absent, safetensors and JSON, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from videogen.errors import FileError
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    modules: dict[str, nn.Module],
+    optimizers: list[Optimizer],
+    run: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `folder/step_00000200`: to a temporary folder first, synced, then renamed. The newest `keep` states stay."""
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".{final.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for name, module in modules.items():
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / f"{name}.safetensors")
+    for index, optimizer in enumerate(optimizers):
+        save_file(_optimizer_tensors(optimizer), temporary / f"optimizer_{index}.safetensors")
+    (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
+    for path in [*temporary.iterdir(), temporary]:
+        _sync(path)
+    if final.exists():  # a resumed run reaches a step it had already saved
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(folder)
+    for old in saved_states(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """Complete states, oldest first."""
+    return sorted(folder.glob("step_*"))
+
+
+def load_state(state: Path, modules: dict[str, nn.Module], optimizers: list[Optimizer], run: dict[str, Any]) -> int:
+    """Put a saved state back; the step to go on with. A run whose settings differ from the saved ones is refused."""
+    saved = json.loads((state / "run.json").read_text())
+    step = saved.pop("step")
+    run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
+    if saved != run:
+        changed = sorted(k for k in saved.keys() | run.keys() if saved.get(k) != run.get(k))
+        raise FileError(
+            f"{state.parent} was started with other settings: {', '.join(changed)} changed.",
+            why="a resumed run must equal an uninterrupted one.",
+            hint="give the run another folder, or restore the settings.",
+        )
+    for name, module in modules.items():
+        module.load_state_dict(load_file(state / f"{name}.safetensors"), strict=True)
+    for index, optimizer in enumerate(optimizers):
+        _load_optimizer(optimizer, load_file(state / f"optimizer_{index}.safetensors"))
+    return step
+
+
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(v) for i, values in state.items() for name, v in values.items()}
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
