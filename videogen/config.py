@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from videogen.errors import InvalidRequest
 
@@ -57,8 +59,8 @@ class DiTConfig:
 class VAEConfig:
     """`vae/config.json`. Defaults are the VAE of every published CogVideoX.
 
-    `frame_batch_size` and `latent_batch_size` are the chunk plan: part of the numbers (GroupNorm runs over a chunk), not a
-    memory knob. diffusers has them as constants, so they are written to the file only where they differ.
+    `frame_batch_size` and `latent_batch_size` are the chunk plan: part of the numbers (GroupNorm runs over a chunk),
+    not a memory knob. diffusers has them as constants, so they are written to the file only where they differ.
     """
 
     in_channels: int = 3
@@ -71,7 +73,7 @@ class VAEConfig:
     act_fn: str = "silu"
     norm_eps: float = 1e-6
     norm_num_groups: int = 32
-    temporal_compression_ratio: float = 4
+    temporal_compression_ratio: int | float = 4
     sample_height: int = 480
     sample_width: int = 720
     scaling_factor: float = 1.15258426
@@ -113,7 +115,7 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-ready values: tuples become lists, the chunk plan is left out where it is diffusers' own."""
+    """The dataclass as JSON-ready values: tuples become lists, the chunk plan is left out where it is usual."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     for name, default in (("frame_batch_size", 8), ("latent_batch_size", 2)):
         if values.get(name) == default:
@@ -143,19 +145,21 @@ class FitConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipStage:
-    """A stretch of a VAE's training on clips of one kind; every `image_every`-th step sees single frames instead."""
+    """A stretch of a VAE's training on clips of one kind; a share of its steps sees single frames instead."""
 
     steps: int
     num_frames: int
     size: int  # side of the square crop, pixels
     batch_size: int
-    image_every: int = 4
+    image_share: float = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
 class VAETraining:
     """`configs/train/*vae*.yaml`."""
 
+    task: str = "vae"
+    folder: str = "runs/vae"  # state, log and result
     model: VAEConfig
     stages: list[ClipStage]
     fit: FitConfig
@@ -163,7 +167,7 @@ class VAETraining:
     width: int = 64
     num_frames: int = 17
     checkered: float = 0.1  # share of clips on a checkered ground
-    kl_weight: float = 2e-4
+    kl_weight: float = 1e-4
     detail_weight: float = 4.0  # extra weight of pixels on edges and in motion
 
 
@@ -172,7 +176,6 @@ class TextEncoderConfig:
     """A small T5 encoder, trained with the DiT."""
 
     d_model: int = 128
-    d_kv: int = 32
     d_ff: int = 256
     num_layers: int = 2
     num_heads: int = 4
@@ -182,9 +185,12 @@ class TextEncoderConfig:
 class DiTTraining:
     """`configs/train/*dit*.yaml`."""
 
+    task: str = "dit"
+    folder: str = "runs/dit"  # state, latents, log and result
+    name: str = "tiny"  # of the model that is made
     model: DiTConfig
     text_encoder: TextEncoderConfig
-    vae: str  # folder of the trained VAE
+    vae: str = ""  # folder of the trained VAE
     fit: FitConfig
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
     clips: int = 20_000  # how many clips are encoded once, before training
@@ -193,10 +199,72 @@ class DiTTraining:
     width: int = 64
     num_frames: int = 17
     fps: int = 8
+    num_inference_steps: int = 50  # defaults of the model that is made
+    guidance_scale: float = 6.0
     checkered: float = 0.1
     caption_dropout: float = 0.1  # share of samples that see the empty prompt
-    text_learning_rate_scale: float = 1.0
     frame_conditions: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"none": 0.5, "first": 0.2, "last": 0.05, "first+last": 0.15, "keyframes": 0.1}
     )
     timesteps: str = "informative"  # or "uniform"
+
+
+def load_yaml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
+    """A YAML file and `key=value` overrides (dotted) as a dataclass: types are checked, unknown settings refused."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        schema = OmegaConf.structured(cls)
+        OmegaConf.set_readonly(schema, False)  # frozen dataclasses come read-only
+        merged = OmegaConf.merge(schema, read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
+        return cast(T, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        at = getattr(error, "full_key", None)
+        raise InvalidRequest(
+            f"{path}: {str(error).splitlines()[0]}",
+            why=f"at {at}, checked against {cls.__name__}." if at else "",
+            hint="correct the file or the key=value.",
+            param=at,
+        ) from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(Path(path)))
+    except FileNotFoundError as error:
+        raise InvalidRequest(f"{path} does not exist.", why="no such file.", hint="check the path.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidRequest(
+            f"{path} is not a YAML file.", why=str(error).replace("\n", " "), hint="check it."
+        ) from error
+    if not isinstance(values, dict):
+        raise InvalidRequest(
+            f"{path} holds no settings.", why="it is a list or empty.", hint="name: value, one per line."
+        )
+    return cast(dict[str, Any], values)
+
+
+TRAININGS = {"vae": VAETraining, "dit": DiTTraining}
+
+
+def load_training(path: str | Path, overrides: Sequence[str] = ()) -> VAETraining | DiTTraining:
+    """A training file with `key=value` overrides, strict: an unknown setting is an error that names the nearest one."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    task = read_yaml(path).get("task")
+    if task not in TRAININGS:
+        raise InvalidRequest(f"{path} has task {task!r}.", why=f"there are {', '.join(TRAININGS)}.", param="task")
+    try:
+        settings = OmegaConf.structured(TRAININGS[task])
+        merged = OmegaConf.merge(settings, OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        return cast("VAETraining | DiTTraining", OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        why = " ".join(str(error).split("\n")[0].split())
+        raise InvalidRequest(f"{path} has a setting that cannot be.", why=why, hint="check its name.") from error

@@ -5,15 +5,16 @@ The command line's flags and the recipe inside a clip are made from this datacla
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from videogen.data.video import check_output, local
+from videogen.data.files import check_output, local
 from videogen.errors import InvalidRequest
 from videogen.weights.card import Card
 from videogen.weights.models import models_with
@@ -22,42 +23,45 @@ Number = int | float
 SAMPLERS = ("diffusers", "ddim", "dpm", "dpm-ode", "euler", "heun")
 FITS = ("crop", "pad", "stretch")
 OUTPUTS = ("video", "tensor", "latent")
+FILES = ("first_frame", "last_frame", "keyframes", "video")
+ABILITIES = {
+    "first_frame": "a first frame",
+    "last_frame": "a last frame",
+    "keyframes": "key frames",
+    "video": "a video to start from",
+}
 CHUNK = 8  # frames per chunk of the VAE: a clip is 1 or 8k + 1 frames
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class Request:
     """The keywords of `Pipeline.generate`. None means: what the model was made for."""
 
-    prompt: Any = _option(None, "what the clip shows; a list makes a list of clips")
+    prompt: Any = None
     _: KW_ONLY
-    negative_prompt: Any = _option("", "what it should not show")
-    prompt_embeds: Any = _option(None, "text embeddings [b, l, e] in place of the prompt")
-    negative_prompt_embeds: Any = _option(None, "text embeddings [b, l, e] in place of the negative prompt")
-    first_frame: Any = _option(None, "image the clip starts with")
-    last_frame: Any = _option(None, "image the clip ends with")
-    keyframes: dict[int, Any] | None = _option(None, "images by frame index (0 or a multiple of 4)")
-    last_frame_until: Number = _option(1.0, "give the last frame for this first part of the steps only (0 to 1)")
-    video: Any = _option(None, "clip to start from (video to video)")
-    strength: Number = _option(0.8, "how much of that clip is made anew (0 to 1)")
-    fit: str = _option("crop", "how images meet the size of the clip: crop, pad or stretch")
-    height: int | None = _option(None, "height in pixels")
-    width: int | None = _option(None, "width in pixels")
-    num_frames: int | None = _option(None, "frames: 1, or a multiple of 8 plus 1")
-    fps: Number | None = _option(None, "frames per second of the file")
-    num_inference_steps: int | None = _option(None, "denoising steps")
-    guidance_scale: Number | None = _option(None, "weight of the prompt; 1 is none")
-    use_dynamic_cfg: bool = _option(False, "vary the guidance over the steps, as CogVideoX's authors do")
-    sampler: str | None = _option(None, f"one of {', '.join(SAMPLERS)}")
-    seed: Any = _option(0, "same seed, same clip; a list gives each prompt its own")
-    latents: Any = _option(None, "initial noise [b, f, c, h, w]")
-    on_step: Callable | None = _option(None, "called with an event (stage, step, steps, eta, latents)")
-    output: str = _option("video", "video, tensor or latent")
-    out: Any = _option(None, "write the clip here while it is decoded")
+    negative_prompt: Any = ""
+    prompt_embeds: Any = None
+    negative_prompt_embeds: Any = None
+    first_frame: Any = None
+    last_frame: Any = None
+    keyframes: dict[int, Any] | None = None
+    last_frame_until: Number = 1.0
+    video: Any = None
+    strength: Number = 0.8
+    fit: str = "crop"
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: Number | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: Number | None = None
+    use_dynamic_cfg: bool = False
+    sampler: str | None = None
+    seed: Any = 0
+    latents: Any = None
+    on_step: Callable | None = None
+    output: str = "video"
+    out: Any = None
 
     @property
     def batch_size(self) -> int:
@@ -72,14 +76,21 @@ class Request:
         return isinstance(self.prompt, list | tuple) or (self.prompt_embeds is not None and self.batch_size > 1)
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """(frames, height, width) of a checked request."""
+        assert self.num_frames is not None
+        assert self.height is not None
+        assert self.width is not None
+        return self.num_frames, self.height, self.width
+
+    @property
     def images(self) -> dict[int, Any]:
-        """The known frames by pixel index, ascending (`num_frames` must be filled in)."""
+        """The known frames of a checked request by pixel index, ascending."""
         images = dict(self.keyframes or {})
         if self.first_frame is not None:
             images[0] = self.first_frame
         if self.last_frame is not None:
-            assert self.num_frames is not None
-            images[self.num_frames - 1] = self.last_frame
+            images[self.size[0] - 1] = self.last_frame
         return dict(sorted(images.items()))
 
     def checked(self, card: Card) -> Request:
@@ -110,8 +121,8 @@ class Request:
     def recipe(self, item: int | None = None) -> dict[str, Any]:
         """What made the clip, as JSON-ready values; images and embeddings by the sha256 of their bytes, and no paths.
 
-        `item` is the place in a batch. A seed of its own makes the item a recipe of its own; a shared seed draws the noise of
-        all items in turn, so then the whole batch is kept, with the item's place.
+        `item` is the place in a batch. A seed of its own makes the item a recipe of its own; a shared seed draws the
+        noise of all items in turn, so then the whole batch is kept, with the item's place.
         """
         request = self
         own_seed = isinstance(self.seed, list | tuple)
@@ -121,7 +132,7 @@ class Request:
             if self.keyframes:
                 request = replace(request, keyframes={k: _item(v, item) for k, v in self.keyframes.items()})
         recipe = {
-            f.name: _plain(getattr(request, f.name))
+            f.name: _plain(f.name, getattr(request, f.name))
             for f in fields(request)
             if f.name not in ("on_step", "output", "out") and getattr(request, f.name) is not None
         }
@@ -134,7 +145,12 @@ class Request:
     def _check_text(self, card: Card) -> None:
         if (self.prompt is None) == (self.prompt_embeds is None):
             if self.prompt is None:
-                raise InvalidRequest("there is no prompt.", hint='"a red circle moves right"', param="prompt")
+                raise InvalidRequest(
+                    "there is no prompt.",
+                    why="nothing else says what to show.",
+                    hint='"a red circle moves right"',
+                    param="prompt",
+                )
             raise InvalidRequest(
                 "prompt and prompt_embeds are both given.",
                 why="each would be the text.",
@@ -148,7 +164,10 @@ class Request:
                 continue
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise InvalidRequest(
-                    f"{name} is {_short(value)}.", why="it is a text or a list of texts.", hint='"a red circle"', param=name
+                    f"{name} is {_short(value)}.",
+                    why="it is a text or a list of texts.",
+                    hint='"a red circle"',
+                    param=name,
                 )
         if self.negative_prompt_embeds is not None and self.negative_prompt:
             raise InvalidRequest(
@@ -170,10 +189,10 @@ class Request:
                     hint="make it with the model's own text encoder.",
                     param=name,
                 )
-        pair = self.prompt_embeds, self.negative_prompt_embeds
-        if all(e is not None for e in pair) and tuple(pair[0].shape) != tuple(pair[1].shape):
+        ours, theirs = (getattr(e, "shape", None) for e in (self.prompt_embeds, self.negative_prompt_embeds))
+        if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
             raise InvalidRequest(
-                f"prompt_embeds {list(pair[0].shape)} and negative_prompt_embeds {list(pair[1].shape)} differ in shape.",
+                f"prompt_embeds {list(ours)} and negative_prompt_embeds {list(theirs)} differ in shape.",
                 why="guidance runs them side by side.",
                 hint="make both with the same text encoder and length.",
                 param="negative_prompt_embeds",
@@ -196,14 +215,15 @@ class Request:
                 hint=f"--size {card.width}x{card.height}",
                 param="height" if height != card.height else "width",
             )
+        _, height, width = self.size
         step = card.size_multiple
-        if height % step or width % step:  # type: ignore[operator]
+        if height % step or width % step:
             sizes = [f"{w}x{h}" for w, h in zip(_near(width, step), _near(height, step), strict=True)]
             raise InvalidRequest(
                 f"{width}x{height} isn't valid for {card.name}.",
                 why=f"width and height must be multiples of {step} (8 by the VAE, times the patch size).",
                 hint=" or ".join(f"--size {size}" for size in dict.fromkeys(sizes)),
-                param="height" if height % step else "width",  # type: ignore[operator]
+                param="height" if height % step else "width",
             )
 
     def _check_frames(self, card: Card) -> None:
@@ -231,9 +251,9 @@ class Request:
         steps = self.num_inference_steps
         if not _is_int(steps) or not 1 <= steps <= 1000:
             raise _bad("num_inference_steps", steps, "a whole number from 1 to 1000", "--steps 50")
-        if not _is_real(self.guidance_scale) or self.guidance_scale < 0:  # type: ignore[operator]
+        if not _is_real(self.guidance_scale) or self.guidance_scale < 0:
             raise _bad("guidance_scale", self.guidance_scale, "a finite number, 0 or more", "--guidance 6")
-        if not _is_real(self.fps) or not 0 < self.fps <= 240:  # type: ignore[operator]
+        if not _is_real(self.fps) or not 0 < self.fps <= 240:
             raise _bad("fps", self.fps, "a number above 0, at most 240", "--fps 8")
         if not _is_real(self.strength) or not 0 < self.strength <= 1:
             raise _bad("strength", self.strength, "a number above 0, at most 1", "--strength 0.8")
@@ -243,12 +263,13 @@ class Request:
             raise _bad("use_dynamic_cfg", self.use_dynamic_cfg, "True or False", "--use-dynamic-cfg")
         for name, allowed in (("fit", FITS), ("sampler", SAMPLERS), ("output", OUTPUTS)):
             if getattr(self, name) not in allowed:
-                raise _bad(name, getattr(self, name), f"one of {', '.join(allowed)}", f"--{name} {allowed[0]}")
+                near = difflib.get_close_matches(str(getattr(self, name)), allowed, n=1, cutoff=0.4) or allowed
+                raise _bad(name, getattr(self, name), f"one of {', '.join(allowed)}", f"--{name} {near[0]}")
         if self.on_step is not None and not callable(self.on_step):
             raise _bad("on_step", self.on_step, "a function of one event", "on_step=print")
 
     def _check_conditions(self, card: Card) -> None:
-        last = self.num_frames - 1  # type: ignore[operator]
+        last = self.size[0] - 1
         for index in self.keyframes or {}:
             if not _is_int(index) or index < 0 or index > last or index % 4:
                 near = sorted({min(max(k, 0), last) for k in _near(index, 4, least=0)}) if _is_int(index) else [0, 4]
@@ -275,10 +296,13 @@ class Request:
         if self.video is not None:
             _require(card, "video", param="video")
             if isinstance(self.video, str | Path):
-                local(self.video)
+                local(self.video, param="video")
         elif self.strength != 0.8:
             raise InvalidRequest(
-                "strength is given without a video.", why="it says how much of that is kept.", hint="--video CLIP", param="strength"
+                "strength is given without a video.",
+                why="it says how much of a video is made anew.",
+                hint="--video CLIP",
+                param="strength",
             )
         if self.last_frame_until != 1 and last not in given:
             raise InvalidRequest(
@@ -309,12 +333,13 @@ class Request:
             if not _is_int(seed) or not 0 <= seed < 2**63:
                 raise _bad("seed", seed, "a whole number from 0 to 2^63 - 1", "--seed 7")
         if self.latents is not None:
-            expected = [n, *card.latent_shape(self.height, self.width, self.num_frames)]  # type: ignore[arg-type]
+            frames, height, width = self.size
+            expected = [n, *card.latent_shape(height, width, frames)]
             if list(getattr(self.latents, "shape", [])) != expected:
                 shape = list(getattr(self.latents, "shape", []))
                 raise InvalidRequest(
                     f"latents has shape {shape}.",
-                    why=f"{n} clip{'s' * (n != 1)} of {self.num_frames} frames at {self.width}x{self.height} start from {expected}.",
+                    why=f"{n} x {frames} frames at {width}x{height} start from {expected}.",
                     hint="draw noise of that shape, or leave latents out.",
                     param="latents",
                 )
@@ -324,17 +349,53 @@ class Request:
             return
         if self.output != "video":
             raise InvalidRequest(
-                f"out is given with output={self.output!r}.", why="only videos are files.", hint='output="video"', param="out"
+                f"out is given with output={self.output!r}.",
+                why="only videos are files.",
+                hint='output="video"',
+                param="out",
             )
         if self.batch_size > 1 and not isinstance(self.out, list | tuple):
             raise InvalidRequest(
-                f"one file is given for {self.batch_size} clips.", hint="out=[...], one path for each prompt.", param="out"
+                f"one file is given for {self.batch_size} clips.",
+                why="each clip is a file.",
+                hint="out=[...], one path for each prompt.",
+                param="out",
             )
         paths = list(self.out) if isinstance(self.out, list | tuple) else [self.out]
         if len(set(map(str, paths))) != len(paths):
-            raise InvalidRequest("two clips would have the same name.", hint="give each its own.", param="out")
+            raise InvalidRequest(
+                "two clips have one name.", why="each clip is a file.", hint="give each its own.", param="out"
+            )
         for path in paths:
             check_output(path)
+
+
+HELP = {
+    "prompt": "what the clip shows; a list makes a list of clips",
+    "negative_prompt": "what it should not show",
+    "prompt_embeds": "text embeddings [b, l, e] in place of the prompt",
+    "negative_prompt_embeds": "text embeddings [b, l, e] in place of the negative prompt",
+    "first_frame": "image the clip starts with",
+    "last_frame": "image the clip ends with",
+    "keyframes": "images by frame index (0 or a multiple of 4)",
+    "last_frame_until": "give the last frame for this first part of the steps only (0 to 1)",
+    "video": "clip to start from (video to video)",
+    "strength": "how much of that clip is made anew (0 to 1)",
+    "fit": "how images meet the size of the clip: crop, pad or stretch",
+    "height": "height in pixels",
+    "width": "width in pixels",
+    "num_frames": "frames: 1, or a multiple of 8 plus 1",
+    "fps": "frames per second of the file",
+    "num_inference_steps": "denoising steps",
+    "guidance_scale": "weight of the prompt; 1 is none",
+    "use_dynamic_cfg": "vary the guidance over the steps, as CogVideoX's authors do",
+    "sampler": f"one of {', '.join(SAMPLERS)}",
+    "seed": "same seed, same clip; a list gives each prompt its own",
+    "latents": "initial noise [b, f, c, h, w]",
+    "on_step": "called with an event (stage, step, steps, eta, latents)",
+    "output": "video, tensor or latent",
+    "out": "write the clip here while it is decoded",
+}
 
 
 def _require(card: Card, kind: str, *, param: str) -> None:
@@ -343,8 +404,8 @@ def _require(card: Card, kind: str, *, param: str) -> None:
         return
     able = [name for name in models_with(kind) if name != card.name]
     raise InvalidRequest(
-        f"{card.name} cannot take {kind.replace('_', ' ').replace('first', 'a first').replace('last', 'a last')}.",
-        why=f"it was trained for: {', '.join(c.replace('_', ' ') for c in card.conditions)}.",
+        f"{card.name} cannot take {ABILITIES[kind]}.",
+        why=f"it takes {', '.join(ABILITIES.get(c, c) for c in card.conditions)}.",
         hint=" or ".join(f"--model {name}" for name in able[:3]),
         param=param,
     )
@@ -356,7 +417,7 @@ def _check_image(name: str, image: Any) -> None:
     if isinstance(image, str | Path):
         from PIL import Image
 
-        path = local(image)
+        path = local(image, param=param)
         try:
             with Image.open(path):
                 return
@@ -385,7 +446,7 @@ def _near(value: Any, step: int, *, least: int | None = None) -> tuple[int, int]
     return (below, above) if value - below <= above - value else (above, below)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     try:
         operator.index(value)
     except TypeError:
@@ -393,7 +454,7 @@ def _is_int(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -406,14 +467,31 @@ def _item(value: Any, item: int) -> Any:
     return value[item] if isinstance(value, list | tuple) else value
 
 
-def _plain(value: Any) -> Any:
-    """JSON-ready: what is not text or number becomes the sha256 of its bytes."""
+def _plain(name: str, value: Any) -> Any:
+    """JSON-ready: pictures, clips and tensors become the sha256 of their bytes, so no path and no pixels leave."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(name, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str) and not _is_file(value):
+        return [_plain(name, v) for v in value]
+    if value is None or (isinstance(value, bool | int | float | str) and name not in FILES):
         return value
-    if _is_int(value):
-        return int(value)
-    return f"sha256:{_sha256(value)}"
+    return int(value) if _is_int(value) else f"sha256:{_sha256(value)}"
+
+
+def _sha256(value: Any) -> str:
+    """Of a file's bytes (a folder: of its files in order), or of an array's shape, type and values."""
+    import numpy as np
+
+    digest = hashlib.sha256()
+    if isinstance(value, str | Path):
+        path = local(value)
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
+    array = np.ascontiguousarray(value)
+    digest.update(f"{array.dtype}{array.shape}".encode())
+    digest.update(array.tobytes())
+    return digest.hexdigest()

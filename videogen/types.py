@@ -58,6 +58,6 @@ class Tokens:
     """
 
     x: Float[Tensor, "b s d"]
-    position: Int[Tensor, "s 3"] | Float[Tensor, "s 3"] | None  # (t, y, x) of video tokens; None without rotary positions
+    position: Int[Tensor, "s 3"] | Float[Tensor, "s 3"] | None  # (t, y, x); None without rotary positions
     time: Float[Tensor, "b e"]  # embedded diffusion time, the row of the modulation table
     text_length: int  # tokens [:text_length] are text, the rest video

@@ -20,7 +20,9 @@ def sizes(name: str) -> list[tuple[int, int, int]]:
     return [NATIVE, *OTHER] + ([] if VARIANTS[name].patch_size_t else [ONE_FRAME, (3, 28, 30)])
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_equals_diffusers(name: str, dtype: torch.dtype, bound: float):

@@ -1,7 +1,7 @@
 """Frames on disk: clips written whole or not at all, read from anything, images made ready. Imports no torch.
 
-Frames are uint8 numpy `[F, H, W, 3]`, RGB. mp4 is H.264 by PyAV with BT.709 colour, converted and tagged as such; gif, webp
-and PNG frames go through imageio, as does all reading. Each clip carries its recipe as JSON.
+Frames are uint8 numpy `[F, H, W, 3]`, RGB. mp4 is H.264 by PyAV with BT.709 colour, converted and tagged as such; gif,
+webp and PNG frames go through imageio, as does all reading. Each clip carries its recipe as JSON.
 """
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import io
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
+from videogen.data.files import check_output, local
 from videogen.errors import FileError, InvalidRequest, NumericalError
 
 Frames = UInt8[np.ndarray, "F H W 3"]
-FORMATS = (".mp4", ".gif", ".webp", ".png")
+PICTURES = (".gif", ".webp", ".png")  # what Pillow opens; the rest is for PyAV
 BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer and matrix
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 DESCRIPTION = 0x010E  # EXIF ImageDescription: where webp keeps the recipe
@@ -101,9 +101,9 @@ def write_video(
 ) -> Path:
     """Write `[F, H, W, 3]` frames, or an iterator of such chunks as they are decoded, and return where the clip is.
 
-    The format is the ending of `path`. `clip.png` makes the folder `clip/` with `0000.png` and so on; `there/%03d.png` sets
-    the names. The clip is written under a temporary name in the same folder and renamed when complete: an error or an
-    interrupt leaves nothing behind.
+    The format is the ending of `path`. `clip.png` makes the folder `clip/` with `0000.png` and so on; `there/%03d.png`
+    sets the names. The clip is written under a temporary name in the same folder and renamed when complete: an error
+    or an interrupt leaves nothing behind.
     """
     path = Path(path)
     target = check_output(path, overwrite=overwrite)
@@ -124,32 +124,10 @@ def write_video(
             f"{path} could not be written.",
             why=str(error),
             hint="free some disk space, or choose another place with --out",
+            param="out",
         ) from error
     finally:
         _remove(part)
-    return target
-
-
-def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
-    """Refuse an unknown format or an existing clip, before any work is done; returns the file or folder to be made."""
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise InvalidRequest(
-            f"{path.name!r} is no known kind of clip.",
-            why=f"the ending chooses the format: {', '.join(FORMATS)} (.png makes a folder of frames).",
-            hint=f"--out {path.with_suffix('.mp4')}",
-            param="out",
-        )
-    target = path
-    if path.suffix.lower() == ".png":
-        target = path.parent if "%" in path.name else path.with_suffix("")
-    if target.exists() and not overwrite:
-        raise FileError(
-            f"{target} exists already.",
-            why="a clip is never overwritten unasked.",
-            hint="--overwrite (overwrite=True in Python), or another name",
-            param="out",
-        )
     return target
 
 
@@ -191,6 +169,7 @@ def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: d
 
 
 def _write_animation(part: Path, suffix: str, chunks: Iterator[Frames], fps: float | int, recipe: dict | None) -> None:
+    """Both formats join equal neighbours into one longer frame; gif counts time in hundredths of a second."""
     import imageio.v3 as iio
     from PIL import Image
 
@@ -261,33 +240,37 @@ def _no_frames() -> InvalidRequest:
 
 def read_video(path: str | Path, *, limit: int | None = None) -> tuple[Frames, float | None]:
     """The frames (at most `limit`) and the frame rate of any clip, or of a folder of pictures (which has no rate)."""
-    import imageio.v3 as iio
-
     path = local(path)
     try:
         if path.is_dir():
             pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            frames = [np.asarray(read_image(p)) for p in pictures[:limit]]
-            fps = None
+            frames, fps = [np.asarray(read_image(p)) for p in pictures[:limit]], None
+        elif path.suffix.lower() in PICTURES:
+            frames, fps = _read_animation(path, limit)
         else:
-            plugin = "pillow" if path.suffix.lower() in (".gif", ".webp", ".png") else "pyav"
-            mode: dict[str, Any] = {"mode": "RGB"} if plugin == "pillow" else {"format": "rgb24"}
-            frames = []
-            for frame in iio.imiter(path, plugin=plugin, **mode):
-                frames.append(frame)
-                if len(frames) == limit:
-                    break
-            meta = iio.immeta(path, plugin=plugin)
-            fps = meta.get("fps") or (1000 / meta["duration"] if meta.get("duration") else None)
-        if not frames:
-            raise ValueError("it holds no frames")
-        return np.stack(frames), None if fps is None else float(fps)
+            import imageio.v3 as iio
+
+            frames = list(islice(iio.imiter(path, plugin="pyav", format="rgb24"), limit))
+            fps = float(iio.immeta(path, plugin="pyav")["fps"])
+        return np.stack(frames), fps
     except Exception as error:  # decoders raise their own kinds
         raise FileError(
             f"{path} cannot be read as a clip.",
             why=f"{type(error).__name__}: {error}",
             hint="an mp4, gif, webp or folder of PNGs",
         ) from error
+
+
+def _read_animation(path: Path, limit: int | None) -> tuple[list[np.ndarray], float | None]:
+    """By Pillow itself, since imageio does not pass on how long a webp frame lasts."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        frames, milliseconds = [], 0
+        for picture in islice(ImageSequence.Iterator(image), limit):
+            frames.append(np.asarray(picture.convert("RGB")))
+            milliseconds += picture.info.get("duration", 0)
+    return frames, 1000 * len(frames) / milliseconds if milliseconds else None
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
@@ -309,7 +292,7 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
 
 def _texts(path: Path) -> list[Any]:
     """Where a recipe may be, best first."""
-    if path.suffix.lower() in (".gif", ".webp", ".png"):
+    if path.suffix.lower() in PICTURES:
         from PIL import Image
 
         with Image.open(path) as image:
@@ -323,22 +306,10 @@ def _texts(path: Path) -> list[Any]:
 # Images
 
 
-def local(path: str | Path) -> Path:
-    """A path on this machine that exists; addresses are refused (what a URL holds can change, and would be fetched unasked)."""
-    if re.match(r"[a-zA-Z][\w+.-]+://", str(path)) or str(path).startswith("data:"):
-        raise InvalidRequest(
-            f"{path} is an address.", why="only files here are opened.", hint="download it and give its path."
-        )
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InvalidRequest(f"{path} does not exist.", why="no such file.", hint="check the path.")
-    return path
-
-
 def read_image(image: Any) -> Any:
     """A path, PIL image, array `[H, W, 3]` or tensor `[3, H, W]` as an RGB `PIL.Image`.
 
-    Turned as its EXIF tag says; transparency is laid on white. Float arrays and tensors are in [0, 1] and rounded to bytes.
+    Turned as its EXIF tag says; transparency is laid on white. Floats are in [0, 1] and rounded to bytes.
     """
     from PIL import Image, ImageOps
 
@@ -364,12 +335,13 @@ def read_image(image: Any) -> Any:
 def fit_image(image: Any, height: int, width: int, fit: str = "crop") -> Float[np.ndarray, "3 H W"]:
     """An image at the size of the clip, float32 in [-1, 1].
 
-    `crop` fills the frame and cuts what sticks out, `pad` fits inside and adds black, `stretch` ignores the aspect (and is
-    diffusers' own way). Lanczos throughout. A float array or tensor that already has the size is not rounded to bytes.
+    `crop` fills the frame and cuts what sticks out, `pad` fits inside and adds black, `stretch` ignores the aspect (and
+    is diffusers' own way). Lanczos throughout. A float array or tensor that has the size already is not rounded.
     """
     from PIL import Image, ImageOps
 
-    if hasattr(image, "shape") and (pixels := _array(image)).shape[:2] == (height, width) and pixels.dtype != np.uint8:
+    pixels = _array(image) if hasattr(image, "shape") else None
+    if pixels is not None and pixels.shape[:2] == (height, width) and pixels.dtype != np.uint8:
         if not np.isfinite(pixels).all():
             raise InvalidRequest(
                 "an image has NaN or Inf.", why="pixels are numbers in [0, 1].", hint="check the array."
@@ -388,15 +360,14 @@ def fit_image(image: Any, height: int, width: int, fit: str = "crop") -> Float[n
 
 def _array(image: Any) -> np.ndarray:
     """An array `[H, W, 3]` or tensor `[3, H, W]` as an array `[H, W, 3]`."""
-    tensor = hasattr(image, "detach")
-    array = image.detach().cpu().numpy() if tensor and not image.dtype.is_floating_point else image
-    if tensor and image.dtype.is_floating_point:
-        array = image.detach().cpu().double().numpy()  # numpy has no bfloat16
-    if tensor and array.ndim == 3 and array.shape[0] == 3:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[-1] != 3 or array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
+    array = image
+    if hasattr(image, "detach"):
+        tensor = image.detach().cpu()
+        tensor = tensor.double() if tensor.is_floating_point() else tensor  # numpy has no bfloat16
+        array = np.moveaxis(tensor.numpy(), 0, -1) if tensor.ndim == 3 else tensor.numpy()
+    if array.ndim != 3 or array.shape[-1] != 3 or not (array.dtype == np.uint8 or array.dtype.kind == "f"):
         raise InvalidRequest(
-            f"an image of shape {tuple(image.shape)} and type {image.dtype} cannot be used.",
+            f"an image of shape {list(image.shape)} and type {image.dtype} cannot be used.",
             why="an array is [height, width, 3], a tensor [3, height, width]; uint8, or float in [0, 1].",
             hint="give a path or a PIL image.",
         )

@@ -1,9 +1,9 @@
 """Samplers: from noise to a latent, by repeated calls of one `denoise(x, t)`.
 
-Ours are pure functions over the pair (alpha, sigma) of the schedule. They start at alpha = 0 (zero terminal SNR) with no special
-case, because no formula divides by alpha of the noisier time; they take any list of times, and each step goes to the list's next
-entry. The latent is kept in float32 at least. `diffusers_sampler` drives any scheduler object of diffusers instead, step by step as
-diffusers' CogVideoX pipelines do: same draws, same rounding.
+Ours are pure functions over the pair (alpha, sigma) of the schedule. They start at alpha = 0 (zero terminal SNR) with
+no special case, because no formula divides by alpha of the noisier time; they take any list of times, and each step
+goes to the list's next entry. The latent is kept in float32 at least. `diffusers_sampler` drives any scheduler object
+of diffusers instead, step by step as diffusers' CogVideoX pipelines do: same draws, same rounding.
 
     x       [b, f, c, h, w]: noise at times[0], or a noised latent to start half way
     times   noisiest first, ends with the time to arrive at (`schedule.times(n)`, or a tail of it)
@@ -68,7 +68,8 @@ def euler(
 ) -> Latent:
     """Euler's method on dx = x0 · d(alpha) + eps · d(sigma). First order.
 
-    On a flow schedule that is x + (sigma' - sigma) · output. On any schedule it is DDIM written differently: the two agree to rounding.
+    On a flow schedule that is x + (sigma' - sigma) · output. On any schedule it is DDIM written differently: the two
+    agree to rounding.
     """
     x = _wide(x)
     for i, (t, t_next) in enumerate(pairwise(times), 1):
@@ -90,7 +91,7 @@ def heun(
     draw: Draw | None = None,
     on_step: OnStep | None = None,
 ) -> Latent:
-    """Heun's method on the same equation: Euler, then the mean of both ends' directions. Second order, two calls per step.
+    """Heun's method on Euler's equation: the mean of both ends' directions. Second order, two calls per step.
 
     The step onto the clean latent stays Euler's: no network is trained there.
     """
@@ -125,9 +126,8 @@ def dpm(
         (alpha, sigma), (alpha_next, sigma_next) = _levels(schedule, t, t_next)
         x0 = to_x0(denoise(x, t), x, alpha, sigma, prediction)
         towards = _extrapolated(x0, x0_old, lambda_old, _lambda(alpha, sigma), _lambda(alpha_next, sigma_next))
-        decay = (alpha * sigma_next) / (
-            sigma * alpha_next
-        )  # exp(lambda - lambda_next): 0 from pure noise, 0 to the clean latent
+        # exp(lambda - lambda_next): 0 from pure noise and 0 onto the clean latent
+        decay = (alpha * sigma_next) / (sigma * alpha_next)
         x = (
             (sigma_next / sigma * decay) * x
             + (alpha_next * (1 - decay**2)) * towards
@@ -149,7 +149,7 @@ def dpm_ode(
     draw: Draw | None = None,
     on_step: OnStep | None = None,
 ) -> Latent:
-    """DPM-Solver++ 2M without noise (arXiv:2211.01095, algorithm 2): DDIM with x0 extrapolated to mid-step. Second order."""
+    """DPM-Solver++ 2M without noise (arXiv:2211.01095): DDIM with x0 extrapolated to mid-step. Second order."""
     x, x0_old, lambda_old = _wide(x), None, math.nan
     for i, (t, t_next) in enumerate(pairwise(times), 1):
         (alpha, sigma), (alpha_next, sigma_next) = _levels(schedule, t, t_next)
@@ -184,9 +184,9 @@ def _lambda(alpha: float, sigma: float) -> float:
 
 
 def _extrapolated(x0: Tensor, x0_old: Tensor | None, lambda_old: float, lambda_: float, lambda_next: float) -> Tensor:
-    """x0 at the middle of the step in lambda, on the line through the last two. Plain x0 at first and onto the clean latent.
+    """x0 at the middle of the step in lambda, on the line through the last two; plain x0 in the first and last step.
 
-    After a first step from pure noise (lambda = -inf) the old x0 is infinitely far away and gets the weight 0 by itself.
+    After a first step from pure noise (lambda = -inf) the old x0 is infinitely far away: its weight is 0 by itself.
     """
     if x0_old is None or lambda_next == math.inf:
         return x0
@@ -195,20 +195,13 @@ def _extrapolated(x0: Tensor, x0_old: Tensor | None, lambda_old: float, lambda_:
 
 
 def load_scheduler(config: dict[str, Any]) -> Any:
-    """A fresh scheduler of diffusers from a `scheduler_config.json`; `_class_name` must be one of diffusers' own schedulers."""
-    import diffusers.schedulers
-    from diffusers import SchedulerMixin
+    """A fresh scheduler from a `scheduler_config.json`; its `_class_name` may only name a scheduler of diffusers."""
+    from diffusers import SchedulerMixin, schedulers
 
     name = config.get("_class_name", "")
-    known = {
-        key: value
-        for key, value in vars(diffusers.schedulers).items()
-        if isinstance(value, type) and issubclass(value, SchedulerMixin) and value is not SchedulerMixin
-    }
-    # modules of diffusers load their classes on first use
-    found = getattr(diffusers.schedulers, name, None) if name.endswith("Scheduler") else None
+    found = getattr(schedulers, name, None) if name.endswith("Scheduler") else None
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
-        near = get_close_matches(name, known or dir(diffusers.schedulers), n=1)
+        near = get_close_matches(name, [known for known in dir(schedulers) if known.endswith("Scheduler")], n=1)
         raise InvalidRequest(
             f"diffusers has no scheduler {name!r}.",
             why="`_class_name` in scheduler_config.json must name one.",
@@ -219,7 +212,7 @@ def load_scheduler(config: dict[str, Any]) -> Any:
 
 
 def scheduler_times(scheduler: Any, num_inference_steps: int) -> list[float]:
-    """The times at which `diffusers_sampler` will call the network. Not always n of them: see docs/diffusion.md."""
+    """The times of the steps `diffusers_sampler` will make. Not always n of them: see docs/diffusion.md."""
     scheduler.set_timesteps(num_inference_steps)
     return [float(t) for t in scheduler.timesteps]
 
@@ -235,26 +228,24 @@ def diffusers_sampler(
     first_step: int = 0,
     on_step: OnStep | None = None,
 ) -> Latent:
-    """Sample with a scheduler object of diffusers, bit-equal to diffusers' CogVideoX pipelines given equal network outputs.
+    """Sample with a scheduler of diffusers, bit-equal to diffusers' CogVideoX pipelines given equal network outputs.
 
-    x is plain N(0, 1) noise; with `first_step` > 0 it is a latent noised by `scheduler.add_noise` to that step's time. The latent
-    returns to x's dtype after every step (diffusers: to the prompt's), which for bfloat16 is part of the numbers.
+    x is plain N(0, 1) noise; with `first_step` > 0 it is a latent that `scheduler.add_noise` took to that step's time.
+    The latent returns to x's dtype after every step (diffusers: to the prompt's): in bfloat16 part of the numbers.
     """
     scheduler.set_timesteps(num_inference_steps, device=x.device)
     timesteps = scheduler.timesteps[first_step * scheduler.order :]
     accepts = inspect.signature(scheduler.step).parameters
     # flow-matching schedulers have neither of these two: their noise has unit variance and their input is not scaled
     scale_model_input = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
+    dtype, x0_old = x.dtype, None
     if first_step == 0:
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
 
-    dtype, x0_old = x.dtype, None
-    extra = {"generator": generator} if "generator" in accepts else {}
-    for i, t in enumerate(timesteps):
-        output = denoise(scale_model_input(x, t), float(t))
-        if (
-            "old_pred_original_sample" in accepts
-        ):  # CogVideoXDPMScheduler keeps its memory outside and wants the time before
+    extra = {name: value for name, value in {"generator": generator, "eta": 0.0}.items() if name in accepts}
+    for i, (t, time) in enumerate(zip(timesteps, timesteps.tolist(), strict=True)):
+        output = denoise(scale_model_input(x, t), float(time))
+        if "old_pred_original_sample" in accepts:  # CogVideoXDPMScheduler keeps no memory of its own
             back = timesteps[i - 1] if i > 0 else None
             x, x0_old = scheduler.step(output, x0_old, t, back, x, **extra, return_dict=False)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -121,9 +122,10 @@ class DiscreteSchedule(Schedule):
 
     def times(self, num_inference_steps: int) -> list[float]:
         """Trailing spacing, so that the first time is the one of pure noise: 999, 979, …, 19, -1 for 50 steps."""
-        step = self.num_train_timesteps / checked_steps(num_inference_steps, self.num_train_timesteps)
-        times = [round(self.num_train_timesteps - i * step) - 1.0 for i in range(num_inference_steps)]
-        return [*times, self.clean]
+        n = checked_steps(num_inference_steps, self.num_train_timesteps)
+        # arange decides ties as diffusers does, and for some n yields an entry too many
+        levels = np.arange(self.num_train_timesteps, 0, -self.num_train_timesteps / n)[:n]
+        return [*(levels.round() - 1).tolist(), self.clean]
 
     def time(self, u: Float[Tensor, "..."]) -> Tensor:
         return (u * self.num_train_timesteps).long()

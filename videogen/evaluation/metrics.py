@@ -13,9 +13,9 @@ def unit(frames: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over all values; infinite when equal."""
+    """Peak signal-to-noise ratio in dB over all values; at most 100, so that equal frames stay a number in JSON."""
     error = float(np.mean((unit(a).astype(np.float64) - unit(b)) ** 2))
-    return math.inf if error == 0 else -10 * math.log10(error)
+    return -10 * math.log10(max(error, 1e-10))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:

@@ -22,6 +22,7 @@ MIN_AREA = 40.0  # px²; the smallest object (small, at the end of shrinking) ha
 MAX_AREA = 0.7 * FRAME**2  # a frame that differs from its ground nearly everywhere holds no object
 GROWTH = math.log(1.8) / 2  # half of the least growth of the world, in log radius over the clip
 SPREAD = 10 / math.sqrt(12) / 2  # px, half of the least spread of a moving centre: 10 px at constant speed
+MIN_OVERLAP = 0.5  # with the best shape; noise has 0.4 at most, blurred blobs 0.7
 EXPLAINED = 0.5  # share of the centre's variance that a motion must explain
 
 
@@ -29,7 +30,7 @@ EXPLAINED = 0.5  # share of the centre's variance that a motion must explain
 class Measurement:
     """Attributes are None where the pixels fit no value. Without an object only ground and brightness are known."""
 
-    found: bool  # an object in nine frames of ten
+    found: bool  # an object in nine frames of ten, in one piece
     background: str
     pattern: str  # "plain" or "checkered"
     colour: str | None = None
@@ -37,12 +38,12 @@ class Measurement:
     motion: str | None = None
     shape: str | None = None
     overlap: float = 0.0  # mean overlap (intersection over union) with the best shape
-    residual: float = math.nan  # px, root mean square distance of the centre from its fitted path
-    jump: float = math.nan  # px/frame², largest change of velocity
+    residual: float | None = None  # px, root mean square distance of the centre from its fitted path
+    jump: float | None = None  # px/frame², largest change of velocity
     drift: float = (
         0.0  # change of brightness from the first to the last third, of ground or object; 1 is black to white
     )
-    flicker: float = 0.0  # standard deviation of the ground over time
+    flicker: float | None = None  # standard deviation over time of the pixels that are ground in all frames
     seam: float = 1.0  # change between frames at the borders of the VAE's latent frames over the change elsewhere
 
 
@@ -59,7 +60,7 @@ def attributes(scene: Scene) -> dict[str, str]:
     }
 
 
-def score_clip(frames: np.ndarray, wanted: Scene | Mapping[str, str]) -> dict[str, bool | float]:
+def score_clip(frames: np.ndarray, wanted: Scene | Mapping[str, str]) -> dict[str, bool | float | None]:
     """Right or wrong per wanted attribute, `found`, and `all` of them; then the temporal figures of `Measurement`.
 
     frames  [F, H, W, 3], uint8 or float in [0, 1]
@@ -68,9 +69,9 @@ def score_clip(frames: np.ndarray, wanted: Scene | Mapping[str, str]) -> dict[st
     return score_measurement(measure(frames), wanted)
 
 
-def score_measurement(seen: Measurement, wanted: Scene | Mapping[str, str]) -> dict[str, bool | float]:
+def score_measurement(seen: Measurement, wanted: Scene | Mapping[str, str]) -> dict[str, bool | float | None]:
     wanted = attributes(wanted) if isinstance(wanted, Scene) else wanted
-    right: dict[str, bool | float] = {"found": seen.found}
+    right: dict[str, bool | float | None] = {"found": seen.found}
     right |= {name: getattr(seen, name) == value for name, value in wanted.items()}
     right["all"] = all(right.values())
     return right | {name: getattr(seen, name) for name in ("residual", "jump", "drift", "flicker", "seam")}
@@ -106,6 +107,8 @@ def measure(frames: np.ndarray) -> Measurement:
     y = (matte.sum(2) * (np.arange(height) + 0.5)).sum(1) / total
     radius = np.sqrt(area / math.pi)
     shape, overlap = _shape(matte, x, y)
+    if overlap < MIN_OVERLAP:
+        return replace(empty, overlap=overlap)
     motion, residual = _motion(t, x * scale, y * scale, radius)
     middle = math.exp(float(np.log(radius).mean()))
     path = np.stack([x, y], 1) * scale
@@ -152,12 +155,11 @@ def _colour(pixels: np.ndarray, base: np.ndarray) -> str | None:
     """The colour of most pixels that are nearer to an object colour than to their ground; None without such pixels."""
     names = list(COLOURS)
     palette = np.array([COLOURS[name] for name in names], np.float32) / 255
-    from_ground = ((pixels - base) ** 2).sum(-1)
-    from_colour = ((pixels[..., None, :] - palette) ** 2).sum(-1).min(-1)
-    far = pixels[from_colour < from_ground]
-    if not len(far):
+    nearest = _nearest(pixels, palette)
+    is_object = ((pixels - palette[nearest]) ** 2).sum(-1) < ((pixels - base) ** 2).sum(-1)
+    if not is_object.any():
         return None
-    return names[int(np.bincount(_nearest(far, palette), minlength=len(names)).argmax())]
+    return names[int(np.bincount(nearest[is_object]).argmax())]
 
 
 def _matte(pixels: np.ndarray, base: np.ndarray, colour: np.ndarray) -> np.ndarray:
@@ -230,10 +232,9 @@ def _drift(pixels: np.ndarray, matte: np.ndarray) -> float:
     return max(changes, default=1.0)
 
 
-def _flicker(pixels: np.ndarray, matte: np.ndarray) -> float:
-    """Over the pixels that no frame covers."""
+def _flicker(pixels: np.ndarray, matte: np.ndarray) -> float | None:
     always_ground = (matte < 0.01).all(0)
-    return float(pixels[:, always_ground].std(0).mean()) if always_ground.any() else 0.0
+    return float(pixels[:, always_ground].std(0).mean()) if always_ground.any() else None
 
 
 def _seam(pixels: np.ndarray, period: int = 4) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class Memory:
     """The last frames each convolution saw: `past` is only read, `future` only written, swapped by `next_chunk`.
 
-    Two dicts instead of one updated in place: activation checkpointing runs a chunk a second time in the backward pass, and
-    must then read what the chunk read the first time.
+    Two dicts instead of one updated in place: activation checkpointing runs a chunk a second time in the backward pass,
+    and must then read what the chunk read the first time.
     """
 
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
@@ -24,15 +24,15 @@ class Memory:
         return Memory(past=self.future)
 
     def take(self, module: nn.Module) -> Tensor | None:
-        """The frames `module` kept from the chunk before, None in the first. Freed at once when no backward pass can ask again."""
+        """What `module` kept of the chunk before, None in the first. Freed at once if no backward pass can ask again."""
         return self.past.get(module) if torch.is_grad_enabled() else self.past.pop(module, None)
 
 
 class CausalConv3d(nn.Conv3d):
     """Conv3d with stride 1 that sees no later frame (arXiv:2310.05737, section 3.1).
 
-    In time, the k - 1 frames of the chunk before stand in front of the input, in the first chunk copies of the first frame;
-    in space, zeros stand around it.
+    In time, the k - 1 frames of the chunk before stand in front of the input, in the first chunk copies of the first
+    frame; in space, zeros stand around it.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:

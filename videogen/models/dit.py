@@ -233,7 +233,7 @@ class DiT(nn.Module):
                 return x + self.position_table.to(x.dtype)
         elif config.use_rotary_positional_embeddings:
             return x
-        table = sincos_table(config, f, h, w, x.device).to(x.dtype)
+        table = sincos_table(config, f, h, w, x.device, x.dtype)
         return torch.cat([x[:, :text_length], x[:, text_length:] + table], dim=1)
 
     def _check_inputs(self, x: Float[Tensor, "b f c h w"], cond: Conditioning) -> None:

@@ -83,17 +83,22 @@ def rotate(x: Float[Tensor, "b k s d"], rotary: Float[Tensor, "2 s c"]) -> Float
 
 
 def sincos_table(
-    config: DiTConfig, f: int, h: int, w: int, device: torch.device | str | None = None
+    config: DiTConfig,
+    f: int,
+    h: int,
+    w: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n d"]:
-    """The fixed absolute table for an `f h w` latent, float64: ¼ of the channels time, then ⅜ x, ⅜ y."""
+    """The fixed absolute table for an `f h w` latent: ¼ of the channels time, then ⅜ x, ⅜ y. Computed in float64."""
     frames, rows, columns = token_grid(config, f, h, w)
     across, along = config.spatial_interpolation_scale, config.temporal_interpolation_scale
-    t = _sincos(frames, along, config.width // 4, device)
-    y = _sincos(rows, across, config.width // 8 * 3, device)
-    x = _sincos(columns, across, config.width // 8 * 3, device)  # x before y: that is how the weights were trained
+    t = _sincos(frames, along, config.width // 4, device).to(dtype)
+    y = _sincos(rows, across, config.width // 8 * 3, device).to(dtype)
+    x = _sincos(columns, across, config.width // 8 * 3, device).to(dtype)
     parts = [
         repeat(t, "t d -> (t y x) d", y=rows, x=columns),
-        repeat(x, "x d -> (t y x) d", t=frames, y=rows),
+        repeat(x, "x d -> (t y x) d", t=frames, y=rows),  # x before y: that is how the weights were trained
         repeat(y, "y d -> (t y x) d", t=frames, x=columns),
     ]
     return torch.cat(parts, dim=-1)
@@ -118,9 +123,7 @@ def trained_latent_frames(config: DiTConfig) -> int:
     return (config.sample_frames - 1) // config.temporal_compression_ratio + 1
 
 
-def time_sinusoid(
-    t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0
-) -> Float[Tensor, "b dim"]:
+def time_sinusoid(t: Tensor, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> Float[Tensor, "b dim"]:
     """Sinusoidal features of a scalar per sample (diffusion time, `ofs`), float32. Flipped means cosines first."""
     half = dim // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)

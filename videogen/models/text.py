@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -29,10 +29,14 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> Float[Tensor, "b l e"]:
+        return self.encoder(self.token_ids(prompts)).last_hidden_state
+
+    def token_ids(self, prompts: list[str]) -> Int[Tensor, "b l"]:
+        """Padded or cut to `max_length`, on the encoder's device."""
         batch = self.tokenizer(
             prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
         )
-        return self.encoder(batch["input_ids"].to(self.encoder.device)).last_hidden_state
+        return batch["input_ids"].to(self.encoder.device)
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the whole prompt, its end mark included; beyond `max_length` the rest is not read."""

@@ -30,8 +30,8 @@ def tiled(
 ) -> Float[Tensor, "b _c _f _h _w"]:
     """`run` over overlapping tiles of `x`; `tile` is their size going in, `out_tile` coming out.
 
-    Each tile is blended with the one above, then with the one on its left, which are blended already. Not equal to `run(x)`:
-    a tile's GroupNorm and zero padding see the tile only.
+    Each tile is blended with the one above, then with the one on its left, which are blended already. Not equal to
+    `run(x)`: a tile's GroupNorm and zero padding see the tile only.
     """
     stride_h, stride_w = (int(size * (1 - o)) for size, o in zip(tile, overlap, strict=True))
     blend_h, blend_w = (int(size * o) for size, o in zip(out_tile, overlap, strict=True))
@@ -40,9 +40,7 @@ def tiled(
     above: list[Tensor] = []
     bands = []
     for top in range(0, x.shape[3], stride_h):
-        row = [
-            run(x[:, :, :, top : top + tile[0], left : left + tile[1]]) for left in range(0, x.shape[4], stride_w)
-        ]
+        row = [run(x[:, :, :, top : top + tile[0], left : left + tile[1]]) for left in range(0, x.shape[4], stride_w)]
         for column, piece in enumerate(row):
             if above:
                 _blend(above[column], piece, blend_h, dim=3)

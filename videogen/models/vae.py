@@ -1,4 +1,4 @@
-"""The 3D causal VAE: video [b, 3, F, H, W] in [-1, 1] to latents [b, c, f, h, w] and back (arXiv:2408.06072, section 2.1).
+"""The 3D causal VAE: video [b, 3, F, H, W] in [-1, 1] to latents [b, c, f, h, w] and back (arXiv:2408.06072, 2.1).
 
 A clip goes through in chunks. GroupNorm runs over a chunk, so the chunk plan is part of the function and stands in the
 config; what a chunk must know of the one before travels in a `Memory`.
@@ -20,7 +20,7 @@ from videogen.config import VAEConfig
 from videogen.models.causal import CausalConv3d, Memory
 from videogen.models.tiling import Tiling, tiled
 
-Video5D = Float[Tensor, "b c f h w"]
+Video5D = Float[Tensor, "b _c _f _h _w"]  # `_`: a stage may change that size, so it is not bound within a call
 
 
 class VAE(nn.Module):
@@ -58,9 +58,10 @@ class VAE(nn.Module):
         """Scaled latents: a sample of the posterior if a generator is given, its mode otherwise."""
         mean, logvar = self.moments(pixels)
         if generator is not None:
-            # Drawn where the generator lives, in the latents' dtype: the same draws as diffusers'.
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
-            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean.device)
+            # Drawn where the generator lives and in float32 at least: the same numbers on every device, in every dtype.
+            wide = torch.promote_types(mean.dtype, torch.float32)
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=wide)
+            mean = mean + torch.exp(0.5 * logvar) * noise.to(mean)
         return mean * self.config.scaling_factor
 
     def decode(self, latents: Video5D) -> Float[Tensor, "b 3 F H W"]:
@@ -333,7 +334,7 @@ def halve_frames(x: Video5D) -> Video5D:
 
 
 def enlarge_to(x: Video5D, size: tuple[int, int, int] | torch.Size) -> Video5D:
-    """Nearest-neighbour resize to (frames, height, width). An odd first frame stands for itself, the others for their share."""
+    """Nearest-neighbour resize to (frames, height, width); an odd first frame stands for itself, the rest for theirs."""
     frames = size[0]
     if frames == 1 or frames % 2 == 0:
         return F.interpolate(x, size=tuple(size))

@@ -15,7 +15,7 @@ def ema_copy(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def ema_update(average: nn.Module, module: nn.Module, decay: float, step: int) -> None:
-    """average <- decay * average + (1 - decay) * module; the decay grows with the steps so that the start is forgotten."""
+    """average <- decay * average + (1 - decay) * module; the decay grows with the steps: the start is forgotten."""
     weight = 1.0 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in module.parameters()], weight)
     for kept, current in zip(average.buffers(), module.buffers(), strict=True):

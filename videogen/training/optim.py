@@ -47,7 +47,7 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[O
 
 
 def rate_at(step: int, config: FitConfig) -> float:
-    """Share of the peak rate at `step`: linear warm-up, constant, then linear decay to 0 over the last `decay_fraction`.
+    """Share of the peak rate at `step`: linear warm-up, constant, linear decay to 0 over the last `decay_fraction`.
 
     >>> config = FitConfig(steps=100, warmup_steps=10, decay_fraction=0.5)
     >>> [rate_at(s, config) for s in (0, 9, 40, 75)]

@@ -24,7 +24,7 @@ def save_state(
     run: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step_00000200`: to a temporary folder first, synced, then renamed. The newest `keep` states stay."""
+    """Write `folder/step_00000200`: a temporary folder first, synced, then renamed. The newest `keep` states stay."""
     final = folder / f"step_{step:08d}"
     temporary = folder / f".{final.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -15,7 +15,7 @@ from videogen.weights.models import conditions_of, published
 
 CLASSES = {
     "transformer": ("CogVideoXTransformer3DModel",),
-    "vae": ("AutoencoderKLCogVideoX",),
+    "vae": ("AutoencoderKLCogVideoX", "VideogenVAE"),  # ours: another chunk plan, which diffusers cannot express
     "text_encoder": ("T5EncoderModel",),
 }
 WEIGHT_PATTERNS = ["*.json", "*.txt", "*.model", "*.safetensors"]
@@ -26,8 +26,9 @@ CARD_PATTERNS = ["model_index.json", "*/config.json", "scheduler/*.json", "video
 class Card:
     """A model before its weights are loaded.
 
-    `conditions` is a subset of text, first_frame, last_frame, keyframes, video. Sizes are pixels; `size_multiple` is what
-    height and width must be multiples of. `fixed_size`: a learned position table, so only the native size and length work.
+    `conditions` is a subset of text, first_frame, last_frame, keyframes, video. Sizes are pixels; `size_multiple` is
+    what height and width must be multiples of. `fixed_size`: a learned position table, so only the native size and
+    length work.
     """
 
     folder: Path
@@ -60,8 +61,8 @@ class Card:
 def read_card(folder: str | Path) -> Card:
     """The card of a model folder in diffusers' layout.
 
-    `videogen.json` (ours) says what diffusers' configs cannot; where it is absent, the table of published models does, and
-    for a model nobody published the config files and the family's defaults.
+    `videogen.json` (ours) says what diffusers' configs cannot; where it is absent, the table of published models does,
+    and for a model nobody published the config files and the family's defaults.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -153,7 +154,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _name(folder: Path) -> str:
-    """`org/name` for a folder of the Hub's cache (`models--org--name/snapshots/<commit>`), else the folder's own name."""
+    """`org/name` for a folder of the Hub's cache (`models--org--name/snapshots/<commit>`), else the folder's name."""
     for part in folder.resolve().parts:
         if match := re.fullmatch(r"models--(.+?)--(.+)", part):
             return "/".join(match.groups())
@@ -161,7 +162,7 @@ def _name(folder: Path) -> str:
 
 
 def find_model(model: str | Path, *, revision: str | None = None, offline: bool = False, weights: bool = True) -> Path:
-    """The folder of a model: `tiny` (bundled), a path, or `org/name[@revision]` on the Hugging Face Hub or in its cache.
+    """The folder of a model: `tiny` (bundled), a path, or `org/name[@revision]` on the Hub or in its cache.
 
     With `weights=False` only the small files are fetched: enough for `read_card`, so that a request is checked before
     gigabytes travel.

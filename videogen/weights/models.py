@@ -30,7 +30,6 @@ class Published:
 
 TEXT = ("text", "video")
 FIRST = ("text", "first_frame")
-ENDS = ("text", "first_frame", "last_frame")
 
 PUBLISHED = (
     Published(
@@ -60,19 +59,26 @@ PUBLISHED = (
         num_frames=81,
         fps=16,
     ),
+    # Known by shape, but their layouts (a mask and frames, a control video, one image on all frames) are not written
+    # here yet: with zeros for these channels they make clips from text.
     Published(
         name="alibaba-pai/CogVideoX-Fun-V1.1-2b-InP",
         shape=(1920, 33, None, False),
-        conditions=ENDS,
+        conditions=("text",),
         sampler="ddim",
         licence="Apache-2.0",
     ),
-    Published(name="alibaba-pai/CogVideoX-Fun-V1.1-5b-InP", shape=(3072, 33, None, False), conditions=ENDS),
+    Published(name="alibaba-pai/CogVideoX-Fun-V1.1-5b-InP", shape=(3072, 33, None, False), conditions=("text",)),
     Published(
-        name="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP",
-        shape=(3072, 33, 2, False),
-        conditions=ENDS,
-        num_frames=85,
+        name="alibaba-pai/CogVideoX-Fun-V1.5-5b-InP", shape=(3072, 33, 2, False), conditions=("text",), num_frames=81
+    ),
+    Published(name="alibaba-pai/CogVideoX-Fun-V1.1-5b-Control", shape=(3072, 32, None, False), conditions=("text",)),
+    Published(
+        name="NimVideo/cogvideox-2b-img2vid",
+        shape=(1920, 32, None, False),
+        conditions=("text",),
+        sampler="ddim",
+        licence="Apache-2.0",
     ),
 )
 
@@ -84,10 +90,8 @@ def published(dit: DiTConfig) -> Published | None:
 
 
 def conditions_of(dit: DiTConfig, latent_channels: int) -> tuple[str, ...]:
-    """What the input channels of an unknown model leave room for: noise alone, noise and frames, or noise, mask and frames."""
-    return {latent_channels: TEXT, 2 * latent_channels: FIRST, 2 * latent_channels + 1: ENDS}.get(
-        dit.in_channels, ("text",)
-    )
+    """What the input channels of an unknown model leave room for: noise alone, or noise and a frame."""
+    return {latent_channels: TEXT, 2 * latent_channels: FIRST}.get(dit.in_channels, ("text",))
 
 
 def models_with(condition: str) -> list[str]:

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from videogen.diffusion.denoiser import denoiser, dynamic_cfg, guided, stack, switched
+from videogen.types import Conditioning
+
+
+def cond(value: float, batch: int = 2, dtype=torch.float32) -> Conditioning:
+    return Conditioning(text=torch.full((batch, 3, 4), value, dtype=dtype))
+
+
+class Model:
+    """Answers x + mean of the text, and remembers what it was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, cond):
+        self.calls.append((x, t, cond))
+        return x + cond.text.mean((1, 2)).view(-1, 1, 1, 1, 1).to(x.dtype)
+
+
+X = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+def test_guidance_extrapolates_from_uncond_in_one_call_with_uncond_first():
+    model = Model()
+    out = guided(model, cond(1.0), cond(-2.0), 6.0)(X, 999.0)
+    torch.testing.assert_close(out, X - 2 + 6 * 3)
+    ((x, t, both),) = model.calls
+    assert torch.equal(x, torch.cat([X, X]))
+    assert t.tolist() == [999.0] * 4
+    assert both.text[:, 0, 0].tolist() == [-2, -2, 1, 1]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, -2.0])
+def test_guidance_of_one_or_less_asks_only_with_the_condition(scale):
+    model = Model()
+    out = guided(model, cond(1.0), cond(-2.0), scale)(X, 10.0)
+    assert torch.equal(out, denoiser(Model(), cond(1.0))(X, 10.0))
+    assert [len(x) for x, _, _ in model.calls] == [2]
+
+
+def test_output_is_float32_and_the_network_sees_its_own_dtype():
+    model = Model()
+    out = guided(model, cond(1.0, dtype=torch.bfloat16), cond(0.0, dtype=torch.bfloat16), 3.0, dtype=torch.bfloat16)(
+        X, 5.0
+    )
+    assert out.dtype == torch.float32
+    assert model.calls[0][0].dtype == torch.bfloat16
+
+
+def test_conditions_may_change_over_time():
+    denoise = guided(Model(), lambda t: cond(1.0 if t > 500 else 2.0), cond(0.0), lambda t: 2.0 if t > 500 else 0.5)
+    torch.testing.assert_close(denoise(X, 999.0), X + 2)
+    torch.testing.assert_close(denoise(X, 100.0), X + 1)
+
+
+@pytest.mark.parametrize(
+    ("until", "n", "count"),
+    [(1.0, 50, 50), (0.0, 50, 0), (0.5, 50, 25), (0.5, 5, 3), (0.07, 100, 7), (0.3, 10, 3), (0.01, 10, 1)],
+)
+def test_switched_gives_the_first_for_that_share_of_the_steps(until, n, count):
+    first, then = cond(1.0), cond(2.0)
+    times = [float(1000 - i) for i in range(n)]
+    at = switched(first, then, times=times, until=until)
+    assert [at(t) is first for t in times] == [True] * count + [False] * (n - count)
+
+
+def test_stack_keeps_rows_and_shared_vectors():
+    a = Conditioning(torch.zeros(3, 2, 4), torch.zeros(3, 1, 2, 4, 4), None, {"ofs": torch.tensor([2.0])})
+    b = Conditioning(torch.ones(3, 2, 4), torch.ones(3, 1, 2, 4, 4), None, {"ofs": torch.tensor([2.0])})
+    both = stack(a, b)
+    assert both.text is not None
+    assert both.channels is not None
+    assert both.text[:, 0, 0].tolist() == both.channels[:, 0, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert both.tokens is None
+    assert both.vectors["ofs"].tolist() == [2.0]
+    other = stack(a, b.replace(vectors={"ofs": torch.tensor([5.0])}))
+    assert other.vectors["ofs"].tolist() == [2.0] * 3 + [5.0] * 3
+
+
+def test_stack_refuses_halves_of_different_kinds():
+    with pytest.raises(ValueError, match="zeros"):
+        stack(cond(1.0), Conditioning())
+    with pytest.raises(ValueError, match="ofs"):
+        stack(cond(1.0), cond(1.0).replace(vectors={"ofs": torch.ones(1)}))
+
+
+def test_dynamic_cfg_stays_between_one_and_one_plus_scale():
+    scale = dynamic_cfg(6.0, 50)
+    values = [scale(float(t)) for t in range(1000)]
+    assert min(values) >= 1
+    assert max(values) <= 7
+    assert scale(50.0) == 1  # the ramp's own start, where n - t is 0
+    assert scale(0.0) == 7  # and its end

@@ -1,0 +1,57 @@
+"""Known frames: first, last and key frames share one canvas of latents, concatenated behind the noisy ones.
+
+The order of channels is part of the weights: 32 input channels are noise 16 and frame latents 16, zeros where no frame is
+known (CogVideoX-5B-I2V, its interpolation derivative, the bundled model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from videogen.models.vae import VAE
+from videogen.types import Conditioning, Latent
+
+OFS = 2.0  # the constant CogVideoX1.5-5B-I2V was trained with and is always told
+
+
+def known_frames(latents: Latent, known: Bool[Tensor, "b f"]) -> Conditioning:
+    """The frames of `latents` that are known, zeros elsewhere. Nothing known is the absence of the condition."""
+    return Conditioning(channels=latents * rearrange(known, "b f -> b f 1 1 1"))
+
+
+def absent(latents: Latent) -> Conditioning:
+    return known_frames(
+        torch.zeros_like(latents), torch.zeros(latents.shape[:2], dtype=torch.bool, device=latents.device)
+    )
+
+
+def encode_frames(
+    vae: VAE, images: Float[Tensor, "b 3 H W"], generators: Sequence[torch.Generator | None]
+) -> Float[Tensor, "b c h w"]:
+    """Scaled latents of still images, each encoded as a clip of one frame: a sample of the posterior (one generator per
+    image, drawn from in turn), or its mode where the generator is None.
+
+    CogVideoX1.5-5B-I2V (`invert_scale_latents`) divides by the scale where all others multiply: so it was published.
+    """
+    latents = torch.cat(
+        [vae.encode(image[None, :, None], generator) for image, generator in zip(images, generators, strict=True)]
+    )
+    if vae.config.invert_scale_latents:
+        latents = latents / vae.config.scaling_factor**2
+    return rearrange(latents, "b c 1 h w -> b c h w")
+
+
+def slot(index: int, ratio: int = 4) -> int:
+    """The latent frame that holds pixel frame `index`: 0, or the one whose last frame it is.
+
+    >>> slot(0), slot(4), slot(16)
+    (0, 1, 4)
+    """
+    if index % ratio:
+        raise ValueError(f"frame {index} is not the last of a latent frame")
+    return index // ratio

@@ -1,0 +1,426 @@
+"""One generate(): check the request, condition, sample, decode. Load a model once, then make clips with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+import videogen
+from videogen.conditioning import frames as frame_condition
+from videogen.conditioning import text as text_condition
+from videogen.config import to_dict
+from videogen.data.video import Video, fit_image, read_video, to_uint8, write_video
+from videogen.diffusion.denoiser import dynamic_cfg, guided, switched
+from videogen.diffusion.prediction import add_noise
+from videogen.diffusion.samplers import SAMPLERS, diffusers_sampler, load_scheduler, scheduler_times
+from videogen.diffusion.schedule import Schedule
+from videogen.errors import InvalidRequest, NumericalError
+from videogen.models.dit import DiT
+from videogen.models.text import TextEncoder
+from videogen.models.vae import VAE
+from videogen.progress import Event
+from videogen.request import Request
+from videogen.types import Conditioning, Latent
+from videogen.weights.card import Card, find_model, read_card
+from videogen.weights.diffusers import load_folder, save_folder
+
+
+def load(
+    model: str | Path = "tiny",
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    memory: str = "auto",
+    revision: str | None = None,
+    offline: bool = False,
+) -> Pipeline:
+    """Open a model: "tiny" (bundled), a folder in diffusers' layout, or `org/name[@revision]`.
+
+    device "auto" is CUDA if there is one. dtype "auto" is float32 on a CPU; on CUDA float16 for CogVideoX-2B, which was
+    trained in it, and bfloat16 for all others. Raises ModelNotFound, or InvalidRequest for an impossible combination.
+    """
+    card = read_card(find_model(model, revision=revision, offline=offline))
+    if memory not in ("auto", "fast"):
+        raise InvalidRequest(
+            f"there is no memory plan {memory!r} yet.",
+            why="this version keeps the whole model on one device.",
+            hint='memory="auto", with vae.tiling and vae.slicing of the loaded pipeline to save memory in decoding.',
+            param="memory",
+        )
+    where, kind = choose_device(device), choose_dtype(dtype, choose_device(device), card)
+    parts = load_folder(card.folder, device=where, dtype=kind)
+    assert parts.dit is not None
+    assert parts.vae is not None
+    assert parts.text_encoder is not None
+    return Pipeline(card, parts.dit.eval(), parts.vae.eval(), parts.text_encoder.eval())
+
+
+def generate(prompt: Any = None, *, model: str | Path = "tiny", **keywords: Any) -> Any:
+    """`load(model).generate(prompt, **keywords)`, with the model kept for the next call."""
+    card = read_card(find_model(model))
+    Request(prompt, **keywords).checked(card)  # before gigabytes are read
+    return _kept(str(model)).generate(prompt, **keywords)
+
+
+@lru_cache(maxsize=1)
+def _kept(model: str) -> Pipeline:
+    return load(model)
+
+
+class Pipeline:
+    """A model's parts and the story of one clip: `generate`."""
+
+    def __init__(self, card: Card, dit: DiT, vae: VAE, text_encoder: TextEncoder) -> None:
+        self.card, self.dit, self.vae, self.text_encoder = card, dit, vae, text_encoder
+        self.schedule = Schedule.from_config(card.scheduler)
+        self.prediction = (
+            "flow"
+            if card.scheduler["_class_name"].startswith("FlowMatch")
+            else card.scheduler.get("prediction_type", "epsilon")
+        )
+
+    @property
+    def capabilities(self) -> Card:
+        """What the model can do: conditions, sizes, lengths, defaults."""
+        return self.card
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parts' settings, by diffusers' component names."""
+        return {
+            "transformer": to_dict(self.dit.config),
+            "vae": to_dict(self.vae.config),
+            "scheduler": self.card.scheduler,
+        }
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.text_encoder.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.dit.parameters()).dtype
+
+    @torch.no_grad()
+    def generate(self, prompt: Any = None, **keywords: Any) -> Any:
+        """Make a clip, or a list of clips from a list of prompts. The keywords are the fields of `videogen.Request`.
+
+        Returns a `Video`; with output="tensor" floats [b, F, 3, H, W] in [0, 1]; with output="latent" [b, f, c, h, w].
+        Raises InvalidRequest before anything is computed, NumericalError if NaN or Inf appears, and whatever `on_step`
+        raises (`videogen.errors.Cancelled` is the clean way to stop).
+        """
+        request = Request(prompt, **keywords).checked(self.card)
+        draw = Draws(request.seed, request.batch_size, self.dtype, self.device)
+
+        text, negative = self.embed(request)
+        frames = self.encode_known_frames(request, draw)
+        start, first_step = self.noised_video(request, draw) if request.video is not None else (None, 0)
+        noise = request.latents if request.latents is not None else start
+        if noise is None:
+            noise = draw(self.card.latent_shape(*_size(request)))
+        latents = self.denoise(request, noise.to(self.device, self.dtype), first_step, text, negative, frames, draw)
+
+        if request.output == "latent":
+            return latents
+        latents = latents[:, self.padding(request) :]
+        if request.output == "tensor":
+            return torch.stack([torch.cat(list(self.decode(one, request))) for one in latents])
+        videos = [self.to_video(request, item, one) for item, one in enumerate(latents)]
+        return videos if request.is_batch else videos[0]
+
+    def embed(self, request: Request) -> tuple[Conditioning, Conditioning]:
+        """The prompt's and the negative prompt's text embeddings, each [b, l, e]."""
+        _report(request, "text", 0, 1)
+        negative = request.negative_prompt_embeds
+        if request.prompt_embeds is not None:
+            text = Conditioning(text=request.prompt_embeds.to(self.device, self.dtype))
+        else:
+            text = text_condition.prompt(self.text_encoder, _per_item(request.prompt, request.batch_size))
+        if negative is None:
+            uncond = text_condition.prompt(self.text_encoder, _per_item(request.negative_prompt, request.batch_size))
+        else:
+            uncond = Conditioning(text=negative)
+        _report(request, "text", 1, 1)
+        return tuple(c.replace(text=c.text.to(self.device, self.dtype)) for c in (text, uncond))  # type: ignore
+
+    def encode_known_frames(self, request: Request, draw: Draws) -> dict[int, Float[Tensor, "b c h w"]]:
+        """Latents of the condition images by pixel index, drawn in ascending order."""
+        encoded = {}
+        for index, image in request.images.items():
+            images = [fit_image(one, *_size(request)[:2], request.fit) for one in _per_item(image, request.batch_size)]
+            pixels = torch.from_numpy(np.stack(images)).to(self.device, self.dtype)
+            encoded[index] = frame_condition.encode_frames(self.vae, pixels, draw.generators)
+        return encoded
+
+    def condition(self, request: Request, frames: dict[int, Tensor]) -> Conditioning:
+        """Everything but the text: the canvas of known frames and the constants a variant is told."""
+        config = self.dit.config
+        vectors = {}
+        if config.ofs_embed_dim:
+            vectors["ofs"] = torch.full((1,), frame_condition.OFS, device=self.device, dtype=self.dtype)
+        if config.in_channels == config.out_channels:
+            return Conditioning(vectors=vectors)
+
+        shape = (request.batch_size, *self.card.latent_shape(*_size(request)))
+        canvas = torch.zeros(shape, device=self.device, dtype=self.dtype)
+        known = torch.zeros(shape[:2], device=self.device, dtype=torch.bool)
+        for index, latent in frames.items():
+            # The padding of the 1.5 models stands in front; their first frame is told there (and cut off in the end).
+            slot = frame_condition.slot(index) + (self.padding(request) if index else 0)
+            canvas[:, slot], known[:, slot] = latent, True
+        return frame_condition.known_frames(canvas, known) | Conditioning(vectors=vectors)
+
+    def denoise(
+        self,
+        request: Request,
+        x: Latent,
+        first_step: int,
+        text: Conditioning,
+        negative: Conditioning,
+        frames: dict[int, Tensor],
+        draw: Draws,
+    ) -> Latent:
+        """From noise (or a noised clip, from `first_step` on) to clean latents."""
+        steps = request.num_inference_steps
+        assert steps is not None
+        assert request.guidance_scale is not None
+        with_diffusers = request.sampler == "diffusers"
+        scheduler = load_scheduler(self.card.scheduler) if with_diffusers else None
+        times = scheduler_times(scheduler, steps) if with_diffusers else self.schedule.times(steps)
+        called = times[first_step:] if with_diffusers else times[first_step:-1]
+
+        last = _size(request)[2] - 1
+        full = self.condition(request, frames)
+        without = self.condition(request, {k: v for k, v in frames.items() if k != last})
+
+        def told(words: Conditioning) -> Any:
+            if request.last_frame_until < 1 and last in frames:
+                return switched(words | full, words | without, times=called, until=request.last_frame_until)
+            return words | full
+
+        scale = request.guidance_scale
+        if request.use_dynamic_cfg and scale > 1:
+            scale = dynamic_cfg(scale, len(called))
+        denoise = guided(self.dit, told(text), told(negative), scale, dtype=self.dtype)
+
+        on_step = StepWatch(request, len(called))
+        if with_diffusers:
+            x = diffusers_sampler(
+                denoise, x, steps, scheduler=scheduler, generator=draw.source, first_step=first_step, on_step=on_step
+            )
+        else:
+            x = SAMPLERS[request.sampler](
+                denoise,
+                x,
+                times[first_step:],
+                schedule=self.schedule,
+                prediction=self.prediction,
+                draw=draw.like,
+                on_step=on_step,
+            ).to(self.dtype)
+        _require_finite(x, "latents")
+        return x
+
+    def noised_video(self, request: Request, draw: Draws) -> tuple[Latent, int]:
+        """The latents of `request.video`, noised to where `strength` of the steps remain, and the first of those."""
+        steps, (height, width, num_frames) = request.num_inference_steps, _size(request)
+        assert steps is not None
+        pictures = _frames_of(request.video, num_frames)
+        pixels = torch.from_numpy(np.stack([fit_image(p, height, width, request.fit) for p in pictures]))
+        video = rearrange(pixels, "F c H W -> 1 c F H W").to(self.device, self.dtype)
+        latents = torch.cat([self.vae.encode(video, g) for g in draw.generators])
+        latents = rearrange(latents, "b c f h w -> b f c h w")
+        latents = torch.cat([latents[:, : self.padding(request)], latents], dim=1)
+
+        first_step = steps - min(int(steps * request.strength), steps)
+        noise = draw(latents.shape[1:])
+        if request.sampler == "diffusers":
+            scheduler = load_scheduler(self.card.scheduler)
+            scheduler.set_timesteps(steps, device=self.device)
+            start = scheduler.timesteps[first_step * scheduler.order :][:1]
+            return scheduler.add_noise(latents, noise, start.expand(len(latents))), first_step
+        t = self.schedule.times(steps)[first_step]
+        return add_noise(latents, noise, self.schedule.alpha(t), self.schedule.sigma(t)), first_step
+
+    def padding(self, request: Request) -> int:
+        """Latent frames put in front so that patches in time divide them (the 1.5 models), cut off before decoding."""
+        height, width, num_frames = _size(request)
+        padded = self.card.latent_shape(height, width, num_frames)[0]
+        return padded - self.vae.latent_shape(num_frames, height, width)[1]
+
+    def decode(
+        self, latents: Float[Tensor, "f c h w"], request: Request | None = None
+    ) -> Iterator[Float[Tensor, "_F 3 H W"]]:
+        """The frames of one clip in [0, 1], a chunk at a time as they are decoded."""
+        total, done, started = len(latents), 0, time.monotonic()
+        for chunk in self.vae.decode_chunks(rearrange(latents, "f c h w -> 1 c f h w")):
+            _require_finite(chunk, "frames")
+            yield rearrange(chunk[0] / 2 + 0.5, "c F H W -> F c H W").clamp(0, 1)
+            done = min(total, done + max(1, round(chunk.shape[2] / self.vae.config.temporal_compression_ratio)))
+            if request is not None:
+                left = (time.monotonic() - started) / done * (total - done)
+                _report(request, "decode", done, total, eta=left)
+
+    def to_video(self, request: Request, item: int, latents: Float[Tensor, "f c h w"]) -> Video:
+        """Decode one clip into memory, or into its file as the frames come."""
+        seed = request.seed[item] if isinstance(request.seed, list | tuple) else request.seed
+        recipe = {"videogen": videogen.__version__, "model": self.card.name, "dtype": str(self.dtype).split(".")[-1]}
+        recipe |= self.card_hash() | request.recipe(item)
+        chunks = (
+            to_uint8(rearrange(chunk, "F c H W -> F H W c").float().cpu().numpy())
+            for chunk in self.decode(latents, request)
+        )
+        assert request.fps is not None
+        if request.out is None:
+            return Video(np.concatenate(list(chunks)), request.fps, seed, recipe)
+        out = request.out[item] if isinstance(request.out, list | tuple) else request.out
+        return Video(write_video(out, chunks, request.fps, recipe=recipe), request.fps, seed, recipe)
+
+    def card_hash(self) -> dict[str, str]:
+        """The sha256 of the transformer's weights, where the model's `videogen.json` has it."""
+        found = self.card.hashes.get("transformer/diffusion_pytorch_model.safetensors")
+        return {"transformer_sha256": found} if found else {}
+
+    def save(self, folder: str | Path, **options: Any) -> Path:
+        """Write the model in diffusers' layout with a `videogen.json`; options of `weights.diffusers.save_folder`."""
+        card = self.card
+        facts = {
+            name: list(value) if isinstance(value := getattr(card, name), tuple) else value
+            for name in ("name", "conditions", "height", "width", "num_frames", "fps", "num_inference_steps")
+        } | {name: getattr(card, name) for name in ("guidance_scale", "sampler", "licence", "provenance")}
+        kind = "CogVideoXImageToVideoPipeline" if "first_frame" in card.conditions else "CogVideoXPipeline"
+        return save_folder(
+            folder,
+            dit=self.dit,
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            scheduler_config=card.scheduler,
+            **{"model_index_class": kind, "extra": facts, **options},
+        )
+
+
+class Draws:
+    """The run's only source of randomness: CPU generators, one for the batch or one per item.
+
+    Noise is drawn in float32 and cast (in float64 for float64), so it does not depend on the device.
+    """
+
+    def __init__(self, seed: int | list[int], batch: int, dtype: torch.dtype, device: torch.device) -> None:
+        shared = not isinstance(seed, list | tuple)
+        seeds: list[int] = [seed] if shared else list(seed)  # type: ignore
+        own = [torch.Generator().manual_seed(s) for s in seeds]
+        self.source: torch.Generator | list[torch.Generator] = own[0] if shared else own
+        self.generators = own * batch if shared else own
+        self.batch, self.dtype, self.device, self.shared = batch, dtype, device, shared
+
+    def __call__(self, shape: Any) -> Tensor:
+        """N(0, 1) of [batch, *shape] in the pipeline's dtype, on its device."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if self.shared:
+            noise = torch.randn((self.batch, *shape), generator=self.generators[0], dtype=wide)
+        else:
+            noise = torch.cat([torch.randn((1, *shape), generator=g, dtype=wide) for g in self.generators])
+        return noise.to(self.device, self.dtype)
+
+    def like(self, x: Tensor) -> Tensor:
+        return self(x.shape[1:]).to(x.dtype)
+
+
+class StepWatch:
+    """Called after each denoising step: reports it with the time left, and stops at the first NaN or Inf."""
+
+    def __init__(self, request: Request, steps: int) -> None:
+        self.request, self.steps, self.started = request, steps, time.monotonic()
+
+    def __call__(self, step: int, latents: Tensor) -> None:
+        if step % 10 == 0:
+            _require_finite(latents, "latents")
+        left = (time.monotonic() - self.started) / step * (self.steps - step)
+        _report(self.request, "denoise", step, self.steps, eta=left, latents=latents)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidRequest(f"there is no device {device!r}.", hint="cpu, cuda or cuda:1", param="device") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest(
+            f"device {device!r} was asked for and torch finds no CUDA GPU.",
+            why=f"torch {torch.__version__} sees {torch.cuda.device_count()} GPUs.",
+            hint="--device cpu, or videogen doctor",
+            param="device",
+        )
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, card: Card) -> torch.dtype:
+    """A torch dtype, its name, or "auto"."""
+    if dtype == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.float16 if card.dit.width == 1920 else torch.bfloat16  # 2B was trained in float16, 5B in bfloat16
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InvalidRequest(
+            f"{dtype!r} is not a dtype a model can run in.",
+            hint="float32, bfloat16, float16 or float64",
+            param="dtype",
+        )
+    return chosen
+
+
+def _size(request: Request) -> tuple[int, int, int]:
+    """(height, width, frames) of a checked request."""
+    frames, height, width = request.size
+    return height, width, frames
+
+
+def _per_item(value: Any, batch: int) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] * batch
+
+
+def _frames_of(video: Any, count: int) -> Any:
+    frames = video.frames if isinstance(video, Video) else video
+    if isinstance(frames, str | Path):
+        frames = read_video(frames, limit=count)[0]
+    if len(frames) < count:
+        raise InvalidRequest(
+            f"the video has {len(frames)} frames, {count} are asked for.",
+            why="each frame of the new clip starts from one of the old.",
+            hint=f"--frames {max(1, (len(frames) - 1) // 8 * 8 + 1)}",
+            param="video",
+        )
+    return frames[:count]
+
+
+def _require_finite(x: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise NumericalError(
+            f"the {what} are not finite; no video was made.",
+            why=f"{str(x.dtype).split('.')[-1]} overflowed, or the weights are damaged.",
+            hint="--dtype bfloat16 or --dtype float32",
+        )
+
+
+def _report(
+    request: Request, stage: str, step: int, steps: int, eta: float | None = None, latents: Tensor | None = None
+) -> None:
+    watch: Callable[[Event], Any] | None = request.on_step
+    if watch is not None:
+        watch(Event(stage, step, steps, eta, latents))

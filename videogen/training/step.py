@@ -1,0 +1,103 @@
+"""What the DiT learns: the mirror image of generate(). The same conditioners, the same DiT call, the same schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from videogen.conditioning import frames
+from videogen.conditioning.text import ABSENT
+from videogen.config import DiTTraining
+from videogen.data.world import caption, draw_scene
+from videogen.diffusion import objective
+from videogen.diffusion.schedule import Schedule
+from videogen.models.dit import DiT
+from videogen.training.latents import LatentClips
+from videogen.types import Conditioning, Latent
+
+TIMESTEPS = {"uniform": objective.uniform, "stratified": objective.stratified, "informative": objective.banded}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's samples: clean latents, the latents of their single frames, which of those are told, and the words."""
+
+    latents: Latent
+    frame_latents: Latent
+    known: Bool[Tensor, "b f"]
+    captions: list[str]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.latents.to(device), self.frame_latents.to(device), self.known.to(device), self.captions)
+
+
+def dit_loss(
+    dit: DiT,
+    embed: Callable[[list[str]], Float[Tensor, "b l e"]],
+    batch: Batch,
+    t: Float[Tensor, "b"],
+    noise: Latent,
+    *,
+    schedule: Schedule,
+    prediction: str = "v_prediction",
+) -> Float[Tensor, "b"]:
+    """The loss of each sample. `embed` turns captions into text embeddings."""
+    cond = Conditioning(text=embed(batch.captions)) | frames.known_frames(batch.frame_latents, batch.known)
+    return objective.loss(
+        lambda x, t: dit(x, t, cond), batch.latents, noise, t, schedule=schedule, prediction=prediction
+    )
+
+
+def world_batch(config: DiTTraining, clips: LatentClips, step: int, rank: int, world: int) -> Batch:
+    """The samples of one step, a function of (seed, step, rank): each clip once per epoch, captions drawn anew."""
+    first = (step * world + rank) * config.batch_size
+    positions = range(first, first + config.batch_size)
+    indices = torch.tensor([_shuffled(config.fit.seed, p // len(clips), len(clips))[p % len(clips)] for p in positions])
+    generator = torch.Generator().manual_seed(config.fit.seed * 1_000_003 + first)
+    rng = np.random.default_rng((config.fit.seed, 1, first))
+    return Batch(
+        latents=clips.video(indices, generator),
+        frame_latents=clips.frames(indices, generator),
+        known=draw_known(config.frame_conditions, len(indices), clips.video_mean.shape[1], rng),
+        captions=[
+            ABSENT if rng.random() < config.caption_dropout else world_caption(config, int(i), rng) for i in indices
+        ],
+    )
+
+
+def world_caption(config: DiTTraining, index: int, rng: np.random.Generator, held_out: bool = False) -> str:
+    """A fresh wording of what clip `index` of the world shows."""
+    scene_rng = np.random.default_rng((config.fit.seed, index))
+    scene = draw_scene(scene_rng, held_out=held_out, checkered=config.checkered)
+    return caption(scene, rng, dropout=0.25, synonyms=0.3)
+
+
+def draw_known(
+    shares: dict[str, float], batch: int, num_latent_frames: int, rng: np.random.Generator
+) -> Bool[Tensor, "b f"]:
+    """Which latent frames each sample is told: a mixture of none, first, last, first+last, and random key frames."""
+    kinds = rng.choice(list(shares), size=batch, p=np.array(list(shares.values())) / sum(shares.values()))
+    known = torch.zeros(batch, num_latent_frames, dtype=torch.bool)
+    for row, kind in zip(known, kinds, strict=True):
+        if kind == "keyframes":
+            row[:] = torch.from_numpy(rng.random(num_latent_frames) < 0.4)
+        elif kind != "none":
+            for end in kind.split("+"):
+                row[{"first": 0, "last": -1}[end]] = True
+    return known
+
+
+_orders: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    key = (seed, epoch, count)
+    if key not in _orders:
+        _orders.clear()
+        _orders[key] = np.random.default_rng((seed, 2, epoch)).permutation(count)
+    return _orders[key]

@@ -1,0 +1,346 @@
+"""Model folders in diffusers' layout: our native format on disk, and everybody's.
+
+    model_index.json   transformer/   vae/   text_encoder/   tokenizer/   scheduler/   videogen.json (ours)
+
+What is saved here opens in diffusers and the reverse, with every byte of the weights kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from videogen.config import DiTConfig, VAEConfig, from_dict, to_dict
+from videogen.errors import FileError, InvalidRequest, ModelNotFound
+from videogen.models.dit import DiT
+from videogen.models.text import TextEncoder
+from videogen.models.vae import VAE
+from videogen.weights.card import CLASSES, _json
+from videogen.weights.load import build, read_tensors, sync, weight_files, write_json, write_tensors
+from videogen.weights.table import DIT_RULES, VAE_RULES, Rules, count, listed, to_theirs
+
+PIPELINES = (
+    "CogVideoXPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "CogVideoXVideoToVideoPipeline",
+    "CogVideoXFunControlPipeline",
+)
+# transformers 5 has one T5 tokenizer and calls the general one TokenizersBackend; older folders use the older names.
+TOKENIZERS = {
+    "T5Tokenizer": "T5Tokenizer",
+    "T5TokenizerFast": "T5Tokenizer",
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+}
+PARTS = ("dit", "vae", "text_encoder", "scheduler")
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+TIED = "encoder.embed_tokens.weight"  # T5: the same tensor as shared.weight
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a folder holds; None for the parts that were not asked for."""
+
+    dit: DiT | None = None
+    vae: VAE | None = None
+    text_encoder: TextEncoder | None = None
+    scheduler_config: dict[str, Any] | None = None
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def load_folder(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    components: Collection[str] = PARTS,
+) -> Parts:
+    """The asked-for parts of a model folder. Weights keep the files' dtype unless one is given."""
+    if unknown := [name for name in components if name not in PARTS]:
+        raise InvalidRequest(f"there is no component {unknown[0]!r}.", why=f"there are {', '.join(PARTS)}.")
+    folder = Path(folder)
+    check_index(folder)
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    return Parts(
+        dit=load_dit(folder, **where) if "dit" in components else None,
+        vae=load_vae(folder, **where) if "vae" in components else None,
+        text_encoder=load_text_encoder(folder, **where) if "text_encoder" in components else None,
+        scheduler_config=_json(folder / "scheduler" / "scheduler_config.json") if "scheduler" in components else None,
+    )
+
+
+def load_dit(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> DiT:
+    """The DiT of a model folder, or of a `transformer` folder itself."""
+    folder, values = _component(Path(folder), "transformer")
+    config = from_dict(DiTConfig, values, where="transformer/config.json")
+    return build(lambda: DiT(config), weight_files(folder, DIFFUSERS_STEM), DIT_RULES, device=device, dtype=dtype)
+
+
+def load_vae(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> VAE:
+    """The VAE of a model folder, or of a `vae` folder itself."""
+    folder, values = _component(Path(folder), "vae")
+    config = from_dict(VAEConfig, values, where="vae/config.json")
+    return build(lambda: VAE(config), weight_files(folder, DIFFUSERS_STEM), VAE_RULES, device=device, dtype=dtype)
+
+
+def load_text_encoder(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    max_length: int | None = None,
+) -> TextEncoder:
+    """T5 and its tokenizer of a model folder, or of a `text_encoder` folder. `max_length=None`: the transformer's."""
+    from transformers import T5Config, T5EncoderModel
+
+    folder, values = _component(Path(folder), "text_encoder")
+    with torch.device("meta"):
+        encoder = T5EncoderModel(T5Config.from_dict(values))
+    expected = {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
+    files = weight_files(folder, TRANSFORMERS_STEM)
+    state = read_tensors(files, expected, optional={TIED}, device=device, dtype=dtype)
+    state[TIED] = state["shared.weight"]
+    encoder.config.dtype = state["shared.weight"].dtype
+    # In float16 the second linear layer overflows: it stays float32, as transformers has it.
+    state = {n: t.float() if n.endswith(".wo.weight") and t.dtype == torch.float16 else t for n, t in state.items()}
+    encoder.load_state_dict(state, strict=True, assign=True)
+    encoder.tie_weights()
+    beside = folder.parent / "transformer" / "config.json"
+    length = _json(beside).get("max_text_seq_length", 226) if beside.is_file() else 226
+    return TextEncoder(encoder.eval(), _load_tokenizer(folder), max_length or length)
+
+
+def _load_tokenizer(text_encoder: Path) -> Any:
+    """The tokenizer in the same folder or in the one beside it, by a known class; code in a model folder never runs."""
+    import transformers
+
+    beside = text_encoder.parent / "tokenizer"
+    folder = text_encoder if (text_encoder / "tokenizer_config.json").is_file() else beside
+    name = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if name not in TOKENIZERS:
+        raise _unsupported(folder, "tokenizer", name, TOKENIZERS)
+    return getattr(transformers, TOKENIZERS[name]).from_pretrained(folder, local_files_only=True)
+
+
+def check_index(folder: Path) -> None:
+    """Refuse a `model_index.json` that names a pipeline, a part or a class we do not know."""
+    index = _json(folder / "model_index.json")
+    if index.get("_class_name") not in PIPELINES:
+        raise _unsupported(folder, "pipeline", index.get("_class_name"), PIPELINES)
+    known = {**CLASSES, "tokenizer": tuple(TOKENIZERS), "scheduler": None}
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or value[-1] is None:
+            continue  # the file's own, a plain setting, or a part that is absent on purpose
+        if part not in known:
+            raise ModelNotFound(
+                f"{folder} has a part {part!r} ({value[-1]}).",
+                why=f"models here are made of {', '.join(known)}.",
+                hint="choose a model of the CogVideoX family.",
+            )
+        if (classes := known[part]) and value[-1] not in classes:
+            raise _unsupported(folder, part, value[-1], classes)
+
+
+def _component(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of one part and its config: `folder/part`, or `folder` where it is that part itself."""
+    inner = folder / part
+    if not (inner / "config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise ModelNotFound(
+                f"there is no {part} in {folder}.",
+                why=f"neither {part}/config.json nor config.json is there.",
+                hint=f"give a model folder in diffusers' layout or a {part} folder.",
+            )
+        inner = folder
+    config = _json(inner / "config.json")
+    name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    if name not in CLASSES[part]:
+        raise _unsupported(inner, part, name, CLASSES[part])
+    return inner, config
+
+
+def _unsupported(folder: Path, part: str, name: Any, known: Collection[str]) -> ModelNotFound:
+    return ModelNotFound(
+        f"{folder} has a {part} of class {name}.",
+        why=f"supported: {', '.join(known)}.",
+        hint="choose a model of the CogVideoX family.",
+    )
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def save_folder(
+    folder: str | Path,
+    *,
+    dit: DiT,
+    vae: VAE,
+    text_encoder: TextEncoder,
+    scheduler_config: dict[str, Any],
+    model_index_class: str = "CogVideoXPipeline",
+    extra: dict[str, Any] | None = None,
+    max_shard_size: int | str = "10GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model folder, whole or not at all. `extra` are the facts of `videogen.json` (videogen.weights.card).
+
+    Everything is written beside the folder and renamed into place; with `overwrite` other files in it are left alone.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not overwrite):
+        raise FileError(
+            f"{folder} exists.", why="nothing is overwritten unasked.", hint="overwrite=True, or another name."
+        )
+    if model_index_class not in PIPELINES:
+        raise InvalidRequest(f"there is no pipeline {model_index_class!r}.", hint=f"one of {', '.join(PIPELINES)}.")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    staging.mkdir()
+    try:
+        _write_network(staging / "transformer", dit.state_dict(), DIT_RULES, _config(dit), max_shard_size)
+        _write_network(staging / "vae", vae.state_dict(), VAE_RULES, _config(vae), max_shard_size)
+        _write_text(staging, text_encoder, max_shard_size)
+        (staging / "scheduler").mkdir()
+        write_json(staging / "scheduler" / "scheduler_config.json", scheduler_config)
+        write_json(
+            staging / "model_index.json",
+            {
+                "_class_name": model_index_class,
+                "_diffusers_version": version("diffusers"),
+                "scheduler": ["diffusers", scheduler_config["_class_name"]],
+                "text_encoder": ["transformers", "T5EncoderModel"],
+                "tokenizer": ["transformers", _tokenizer_class(text_encoder.tokenizer)],
+                "transformer": ["diffusers", _config(dit)["_class_name"]],
+                "vae": ["diffusers", _config(vae)["_class_name"]],
+            },
+        )
+        write_json(staging / "videogen.json", {**(extra or {}), "sha256": hashes(staging)})
+        _move(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def save_vae(folder: str | Path, vae: VAE) -> Path:
+    """Write a VAE alone, as the `vae` folder of a model. A folder that exists is replaced."""
+    folder = Path(folder).absolute()
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    _write_network(staging, vae.state_dict(), VAE_RULES, _config(vae), "10GB")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Relative path -> sha256 of every file below `folder`."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+
+
+def verify_folder(folder: str | Path) -> None:
+    """Compare every file with the hashes in `videogen.json`; damaged and missing ones are named in the error."""
+    folder = Path(folder)
+    recorded: dict[str, str] = _json(folder / "videogen.json").get("sha256", {})
+    missing = [name for name in recorded if not (folder / name).is_file()]
+    damaged = [name for name in recorded if name not in missing and _sha256(folder / name) != recorded[name]]
+    if not recorded or missing or damaged:
+        problems = {"missing": missing, "damaged": damaged}
+        why = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        raise ModelNotFound(
+            f"{folder}: {count(len(missing) + len(damaged), 'file')} differ from those that were saved."
+            if recorded
+            else f"{folder} carries no hashes.",
+            why=why or "videogen.json has no sha256 entries.",
+            hint="fetch or copy the model again.",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config(module: DiT | VAE) -> dict[str, Any]:
+    """`config.json`. What diffusers' classes cannot express gets a class name of ours, which diffusers refuses."""
+    values = to_dict(module.config)
+    published, *ours = CLASSES["transformer" if isinstance(module, DiT) else "vae"]
+    name = ours[0] if {"frame_batch_size", "latent_batch_size"} & values.keys() else published
+    return {"_class_name": name, "_diffusers_version": version("diffusers")} | values
+
+
+def _write_network(
+    folder: Path, state: dict[str, Tensor], rules: Rules, config: dict[str, Any], max_shard_size: int | str
+) -> None:
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    write_tensors(folder, DIFFUSERS_STEM, to_theirs(state, rules), max_shard_size=max_shard_size)
+
+
+def _write_text(staging: Path, text: TextEncoder, max_shard_size: int | str) -> None:
+    """`text_encoder/` and `tokenizer/` as transformers writes them."""
+    folder = staging / "text_encoder"
+    folder.mkdir()
+    encoder, tokenizer = text.encoder, text.tokenizer
+    dtype = encoder.shared.weight.dtype
+    config = {k: v for k, v in encoder.config.to_diff_dict().items() if not k.startswith("_")}
+    dtype_name = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config | {"architectures": ["T5EncoderModel"], "dtype": dtype_name})
+    state = {name: _narrowed(tensor, dtype) for name, tensor in encoder.state_dict().items() if name != TIED}
+    write_tensors(folder, TRANSFORMERS_STEM, state, max_shard_size=max_shard_size)
+
+    tokenizer.save_pretrained(staging / "tokenizer")
+    vocabulary = getattr(tokenizer, "vocab_file", None)  # transformers 5 leaves it out, transformers 4 needs it
+    if vocabulary and Path(vocabulary).name == "spiece.model" and Path(vocabulary).is_file():
+        shutil.copyfile(vocabulary, staging / "tokenizer" / "spiece.model")
+    for path in (staging / "tokenizer").iterdir():
+        sync(path)
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Back in the encoder's dtype if nothing is lost: float32 there is how float16 runs, not what the file held."""
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _tokenizer_class(tokenizer: Any) -> str:
+    name = type(tokenizer).__name__
+    if name not in TOKENIZERS:
+        raise InvalidRequest(
+            f"a tokenizer of class {name} cannot be saved.", why=f"supported: {', '.join(TOKENIZERS)}."
+        )
+    return TOKENIZERS[name]
+
+
+def _move(staging: Path, folder: Path) -> None:
+    """Rename into place: the whole folder where there is none, else entry by entry, with `videogen.json` last.
+
+    Its hashes tell a folder that was replaced only in part.
+    """
+    for path in [*staging.iterdir(), staging]:
+        if path.is_dir():
+            sync(path)
+    if not folder.exists():
+        staging.rename(folder)
+    else:
+        replaced = staging.with_suffix(".replaced")
+        replaced.mkdir()
+        for entry in sorted(staging.iterdir(), key=lambda p: p.name == "videogen.json"):
+            if (folder / entry.name).exists():
+                (folder / entry.name).rename(replaced / entry.name)
+            entry.rename(folder / entry.name)
+        shutil.rmtree(replaced)
+        sync(folder)
+    sync(folder.parent)

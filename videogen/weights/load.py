@@ -1,0 +1,234 @@
+"""safetensors files to modules and back, without a format's names: which files, do they fit, read, write.
+
+Nothing but safetensors is opened: a pickle can run any program when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from videogen.errors import InvalidRequest, ModelNotFound
+from videogen.weights.table import Rules, listed, to_ours, to_theirs
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=nn.Module)
+Shape = tuple[int, ...]
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def build(
+    make: Callable[[], M], files: list[Path], rules: Rules, *, device: str | torch.device, dtype: torch.dtype | None
+) -> M:
+    """The module with the weights of `files`, in eval mode. Made on the meta device: no memory is filled twice.
+
+    Names and shapes are compared before the first tensor is read. Tensors keep the file's dtype unless one is given.
+    """
+    with torch.device("meta"):
+        module = make()
+    expected = to_theirs({name: tuple(t.shape) for name, t in module.state_dict().items()}, rules)
+    to_ours(found_shapes(files), rules)  # a name outside the table is a better error than one outside this model
+    state = read_tensors(files, expected, device=device, dtype=dtype)
+    module.load_state_dict(to_ours(state, rules), strict=True, assign=True)
+    unfilled = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    assert not unfilled, f"not part of the state dict, so still on the meta device: {unfilled}"
+    return module.eval()
+
+
+# ---- which files ----------------------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one component: `{stem}.safetensors` or its shards, or else its only variant.
+
+    Variants (`fp16`) are written `{stem}.fp16.safetensors`, and in shards with an index called
+    `{stem}.safetensors.index.fp16.json` by diffusers and `{stem}.fp16.safetensors.index.json` by some others.
+    """
+    single = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors")
+    index = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors\.index(?:\.(\w+))?\.json")
+    variants: dict[str | None, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if found := single.fullmatch(path.name):
+            variants[found[1]] = path
+        elif found := index.fullmatch(path.name):
+            variants.setdefault(found[1] or found[2], path)
+    if not variants:
+        raise _nothing_to_open(folder, stem)
+    if None not in variants and len(variants) > 1:
+        raise ModelNotFound(
+            f"{folder} holds several variants: {', '.join(sorted(map(str, variants)))}.",
+            why="none of them is the plain one, so none is meant more than another.",
+            hint="keep the files of one variant in the folder.",
+        )
+    variant = None if None in variants else next(iter(variants))
+    if variant:
+        log.info("%s: using the only variant there is, %s", folder, variant)
+    chosen = variants[variant]
+    return _shards(chosen) if chosen.suffix == ".json" else [chosen]
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        inside = all(Path(name).name == name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelNotFound(f"{index} is not an index of shards.", hint="fetch or copy the file again.") from error
+    if not inside:
+        raise ModelNotFound(f"{index} points outside its folder.", why="shards lie beside their index.")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise ModelNotFound(
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {listed(missing)}.",
+            why=f"{index.name} names them.",
+            hint="the download or copy is incomplete: run it again.",
+        )
+    return [index.parent / name for name in names]
+
+
+def _nothing_to_open(folder: Path, stem: str) -> ModelNotFound:
+    names = [p.name for p in sorted(folder.iterdir())]
+    if pickles := [n for n in names if n.endswith(PICKLES)]:
+        return ModelNotFound(
+            f"{folder} has its weights only as pickles: {listed(pickles)}.",
+            why="a pickle can run any program when it is opened; only safetensors are read.",
+            hint="fetch the model's *.safetensors, or save it again in diffusers with safe_serialization=True.",
+        )
+    if shards := [n for n in names if n.startswith(stem) and n.endswith(".safetensors")]:
+        return ModelNotFound(
+            f"{folder} has shards but no {stem}.safetensors.index.json: {listed(shards)}.",
+            why="the index says which shards there should be.",
+            hint="fetch or copy the index file too.",
+        )
+    return ModelNotFound(
+        f"{folder} has no {stem}.safetensors.",
+        why=f"found: {listed(names) or 'nothing'}.",
+        hint="fetch or copy the model again.",
+    )
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def found_shapes(files: list[Path]) -> dict[str, Shape]:
+    """Name -> shape of all tensors, from the headers alone."""
+    shapes: dict[str, Shape] = {}
+    for path in files:
+        with _open(path) as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def read_tensors(
+    files: list[Path],
+    expected: Mapping[str, Shape],
+    *,
+    optional: Collection[str] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `files`, which must be exactly the expected ones. Integers are never cast."""
+    check_fit(found_shapes(files), expected, optional=optional, where=files[0].parent)
+    state: dict[str, Tensor] = {}
+    for path in files:
+        with _open(path, str(device)) as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                state[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    return state
+
+
+def check_fit(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], *, optional: Collection[str] = (), where: Path
+) -> None:
+    wrong = [n for n in expected if n in found and found[n] != expected[n]]
+    problems = {
+        "missing": [n for n in expected if n not in found and n not in optional],
+        "unknown": [n for n in found if n not in expected],
+        "wrong shape": [f"{n} is {list(found[n])}, should be {list(expected[n])}" for n in wrong],
+    }
+    if any(problems.values()):
+        raise ModelNotFound(
+            f"the weights in {where} do not fit its config.json.",
+            why="; ".join(f"{kind} ({len(names)}): {listed(names)}" for kind, names in problems.items() if names) + ".",
+            hint="both files must come from the same model: fetch or copy it again.",
+        )
+
+
+def _open(path: Path, device: str = "cpu"):
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except SafetensorError as error:
+        with path.open("rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        raise ModelNotFound(
+            f"{path} is not a readable safetensors file.",
+            why="it is a Git LFS pointer, not the file itself." if pointer else f"damaged or cut short ({error}).",
+            hint="git lfs pull" if pointer else "fetch or copy the file again.",
+        ) from error
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_tensors(folder: Path, stem: str, state: Mapping[str, Tensor], *, max_shard_size: int | str) -> None:
+    """`{stem}.safetensors`, or shards with an index. The caller renames the folder, so that a name is a whole file."""
+    shards = _split(state, _bytes(max_shard_size))
+    names = [f"{stem}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for t in state.values())},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+    for name, shard in zip(names, shards, strict=True):
+        tensors = {n: t.detach().cpu().contiguous() for n, t in shard.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})  # transformers refuses files without it
+        os.chmod(folder / name, folder.stat().st_mode & 0o666)  # the writer makes private files; follow the umask
+        sync(folder / name)
+
+
+def write_json(path: Path, values: Mapping) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """To the disk, so that a rename that follows cannot be the first thing to arrive there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _split(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """In order, each shard as full as the limit allows; a tensor larger than that has one of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room: float = limit
+    for name, tensor in state.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = limit
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    return shards
+
+
+def _bytes(size: int | str) -> int:
+    """`"10GB"` -> 10_000_000_000, as the Hub counts."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise InvalidRequest(f"{size!r} is no size.", hint='for example "10GB".', param="max_shard_size")
+    return math.ceil(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " "))
