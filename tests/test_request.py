@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from videogen.config import DiTConfig, VAEConfig
+from videogen.data.video import Video, write_video
 from videogen.errors import FileError, InvalidRequest, ModelNotFound
 from videogen.request import HELP, Request
 from videogen.weights.card import Card, find_model, read_card
@@ -186,6 +187,17 @@ def test_images_are_local_files_or_pixels(tmp_path):
     ):
         assert refused(Request("a", first_frame=image)).param == "first_frame"
     assert refused(Request("a", video="http://example.org/a.mp4")).param == "video"
+
+
+def test_a_video_to_start_from_is_long_enough(tmp_path):
+    frames = np.zeros((12, 16, 16, 3), np.uint8)
+    path = write_video(tmp_path / "a.mp4", frames, 8)
+    for video in (path, frames, Video(frames, 8)):
+        assert Request("a", video=video, num_frames=9).checked(card()).recipe()["video"].startswith("sha256:")
+        assert refused(Request("a", video=video)).hint == "--frames 9"
+    (tmp_path / "bad.mp4").touch()
+    with pytest.raises(FileError):
+        Request("a", video=tmp_path / "bad.mp4").checked(card())
 
 
 def test_an_image_alone_is_enough_and_text_alone_too():

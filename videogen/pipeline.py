@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from videogen.conditioning import text as text_condition
 from videogen.config import to_dict
 from videogen.data.video import Video, fit_image, read_video, to_uint8, write_video
 from videogen.diffusion.denoiser import dynamic_cfg, guided, switched
-from videogen.diffusion.prediction import add_noise
+from videogen.diffusion.prediction import add_noise, prediction_type
 from videogen.diffusion.samplers import SAMPLERS, diffusers_sampler, load_scheduler, scheduler_times
 from videogen.diffusion.schedule import Schedule
 from videogen.errors import InvalidRequest, NumericalError
@@ -81,12 +81,11 @@ class Pipeline:
 
     def __init__(self, card: Card, dit: DiT, vae: VAE, text_encoder: TextEncoder) -> None:
         self.card, self.dit, self.vae, self.text_encoder = card, dit, vae, text_encoder
-        self.schedule = Schedule.from_config(card.scheduler)
-        self.prediction = (
-            "flow"
-            if card.scheduler["_class_name"].startswith("FlowMatch")
-            else card.scheduler.get("prediction_type", "epsilon")
-        )
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Read when one of our samplers asks for it: diffusers' own know kinds of noise that ours do not."""
+        return Schedule.from_config(self.card.scheduler)
 
     @property
     def capabilities(self) -> Card:
@@ -127,11 +126,13 @@ class Pipeline:
 
         text, negative = self.embed(request)
         frames = self.encode_known_frames(request, draw)
-        start, first_step = self.noised_video(request, draw) if request.video is not None else (None, 0)
-        noise = request.latents if request.latents is not None else start
-        if noise is None:
-            noise = draw(self.card.latent_shape(*_size(request)))
-        latents = self.denoise(request, noise.to(self.device, self.dtype), first_step, text, negative, frames, draw)
+        if request.latents is not None:
+            start = request.latents.to(self.device, self.dtype)
+        elif request.video is not None:
+            start = self.noised_video(request, draw)
+        else:
+            start = draw(self.card.latent_shape(*_size(request)))
+        latents = self.denoise(request, start, text, negative, frames, draw)
 
         if request.output == "latent":
             return latents
@@ -141,20 +142,22 @@ class Pipeline:
         videos = [self.to_video(request, item, one) for item, one in enumerate(latents)]
         return videos if request.is_batch else videos[0]
 
-    def embed(self, request: Request) -> tuple[Conditioning, Conditioning]:
-        """The prompt's and the negative prompt's text embeddings, each [b, l, e]."""
+    def embed(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
+        """The text embeddings [b, l, e] of the prompt and, if guidance will ask for them, of the negative prompt."""
         _report(request, "text", 0, 1)
-        negative = request.negative_prompt_embeds
-        if request.prompt_embeds is not None:
-            text = Conditioning(text=request.prompt_embeds.to(self.device, self.dtype))
-        else:
-            text = text_condition.prompt(self.text_encoder, _per_item(request.prompt, request.batch_size))
-        if negative is None:
-            uncond = text_condition.prompt(self.text_encoder, _per_item(request.negative_prompt, request.batch_size))
-        else:
-            uncond = Conditioning(text=negative)
+
+        def embeddings(words: Any, given: Tensor | None) -> Conditioning:
+            if given is None:
+                given = text_condition.prompt(self.text_encoder, _per_item(words, request.batch_size)).text
+            assert given is not None
+            return Conditioning(text=given.to(self.device, self.dtype))
+
+        text, negative = embeddings(request.prompt, request.prompt_embeds), None
+        if _is_guided(request):
+            negative = embeddings(request.negative_prompt, request.negative_prompt_embeds)
+            _require_same_shape(text, negative)
         _report(request, "text", 1, 1)
-        return tuple(c.replace(text=c.text.to(self.device, self.dtype)) for c in (text, uncond))  # type: ignore
+        return text, negative
 
     def encode_known_frames(self, request: Request, draw: Draws) -> dict[int, Float[Tensor, "b c h w"]]:
         """Latents of the condition images by pixel index, drawn in ascending order."""
@@ -174,7 +177,8 @@ class Pipeline:
         if config.in_channels == config.out_channels:
             return Conditioning(vectors=vectors)
 
-        shape = (request.batch_size, *self.card.latent_shape(*_size(request)))
+        frame_count, _, height, width = self.card.latent_shape(*_size(request))
+        shape = (request.batch_size, frame_count, config.in_channels - config.out_channels, height, width)
         canvas = torch.zeros(shape, device=self.device, dtype=self.dtype)
         known = torch.zeros(shape[:2], device=self.device, dtype=torch.bool)
         for index, latent in frames.items():
@@ -187,20 +191,22 @@ class Pipeline:
         self,
         request: Request,
         x: Latent,
-        first_step: int,
         text: Conditioning,
-        negative: Conditioning,
+        negative: Conditioning | None,
         frames: dict[int, Tensor],
         draw: Draws,
     ) -> Latent:
-        """From noise (or a noised clip, from `first_step` on) to clean latents."""
-        steps = request.num_inference_steps
+        """From noise, or from a noised clip the rest of the way, to clean latents."""
+        steps, first_step = request.num_inference_steps, _first_step(request)
         assert steps is not None
         assert request.guidance_scale is not None
-        with_diffusers = request.sampler == "diffusers"
-        scheduler = load_scheduler(self.card.scheduler) if with_diffusers else None
-        times = scheduler_times(scheduler, steps) if with_diffusers else self.schedule.times(steps)
-        called = times[first_step:] if with_diffusers else times[first_step:-1]
+        scheduler = load_scheduler(self.card.scheduler) if request.sampler == "diffusers" else None
+        times = []
+        if scheduler is not None:
+            called = scheduler_times(scheduler, steps)[first_step * scheduler.order :]
+        else:
+            times = self.schedule.times(steps)[first_step:]
+            called = times[:-1]  # the last is the clean end, where no network is asked
 
         last = _size(request)[2] - 1
         full = self.condition(request, frames)
@@ -211,33 +217,36 @@ class Pipeline:
                 return switched(words | full, words | without, times=called, until=request.last_frame_until)
             return words | full
 
-        scale = request.guidance_scale
-        if request.use_dynamic_cfg and scale > 1:
-            scale = dynamic_cfg(scale, len(called))
-        denoise = guided(self.dit, told(text), told(negative), scale, dtype=self.dtype)
+        scale: Any = float(request.guidance_scale)
+        if request.use_dynamic_cfg and _is_guided(request):
+            scale = dynamic_cfg(scale, steps - first_step)
+        uncond = None if negative is None else told(negative)
+        denoise = guided(self.dit, told(text), uncond, scale, dtype=self.dtype)
 
         on_step = StepWatch(request, len(called))
-        if with_diffusers:
+        if scheduler is not None:
             x = diffusers_sampler(
                 denoise, x, steps, scheduler=scheduler, generator=draw.source, first_step=first_step, on_step=on_step
             )
         else:
+            assert request.sampler is not None
             x = SAMPLERS[request.sampler](
                 denoise,
                 x,
-                times[first_step:],
+                times,
                 schedule=self.schedule,
-                prediction=self.prediction,
+                prediction=prediction_type(self.card.scheduler),
                 draw=draw.like,
                 on_step=on_step,
             ).to(self.dtype)
         _require_finite(x, "latents")
         return x
 
-    def noised_video(self, request: Request, draw: Draws) -> tuple[Latent, int]:
-        """The latents of `request.video`, noised to where `strength` of the steps remain, and the first of those."""
+    def noised_video(self, request: Request, draw: Draws) -> Latent:
+        """The latents of `request.video`, noised to where `strength` of the steps remain."""
         steps, (height, width, num_frames) = request.num_inference_steps, _size(request)
         assert steps is not None
+        first_step = _first_step(request)
         pictures = _frames_of(request.video, num_frames)
         pixels = torch.from_numpy(np.stack([fit_image(p, height, width, request.fit) for p in pictures]))
         video = rearrange(pixels, "F c H W -> 1 c F H W").to(self.device, self.dtype)
@@ -245,15 +254,14 @@ class Pipeline:
         latents = rearrange(latents, "b c f h w -> b f c h w")
         latents = torch.cat([latents[:, : self.padding(request)], latents], dim=1)
 
-        first_step = steps - min(int(steps * request.strength), steps)
         noise = draw(latents.shape[1:])
         if request.sampler == "diffusers":
             scheduler = load_scheduler(self.card.scheduler)
             scheduler.set_timesteps(steps, device=self.device)
             start = scheduler.timesteps[first_step * scheduler.order :][:1]
-            return scheduler.add_noise(latents, noise, start.expand(len(latents))), first_step
+            return scheduler.add_noise(latents, noise, start.expand(len(latents)))
         t = self.schedule.times(steps)[first_step]
-        return add_noise(latents, noise, self.schedule.alpha(t), self.schedule.sigma(t)), first_step
+        return add_noise(latents, noise, self.schedule.alpha(t), self.schedule.sigma(t))
 
     def padding(self, request: Request) -> int:
         """Latent frames put in front so that patches in time divide them (the 1.5 models), cut off before decoding."""
@@ -261,6 +269,7 @@ class Pipeline:
         padded = self.card.latent_shape(height, width, num_frames)[0]
         return padded - self.vae.latent_shape(num_frames, height, width)[1]
 
+    @torch.no_grad()
     def decode(
         self, latents: Float[Tensor, "f c h w"], request: Request | None = None
     ) -> Iterator[Float[Tensor, "_F 3 H W"]]:
@@ -291,7 +300,7 @@ class Pipeline:
 
     def card_hash(self) -> dict[str, str]:
         """The sha256 of the transformer's weights, where the model's `videogen.json` has it."""
-        found = self.card.hashes.get("transformer/diffusion_pytorch_model.safetensors")
+        found = self.card.sha256.get("transformer/diffusion_pytorch_model.safetensors")
         return {"transformer_sha256": found} if found else {}
 
     def save(self, folder: str | Path, **options: Any) -> Path:
@@ -318,10 +327,9 @@ class Draws:
     Noise is drawn in float32 and cast (in float64 for float64), so it does not depend on the device.
     """
 
-    def __init__(self, seed: int | list[int], batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, seed: Any, batch: int, dtype: torch.dtype, device: torch.device) -> None:
         shared = not isinstance(seed, list | tuple)
-        seeds: list[int] = [seed] if shared else list(seed)  # type: ignore
-        own = [torch.Generator().manual_seed(s) for s in seeds]
+        own = [torch.Generator().manual_seed(int(s)) for s in ([seed] if shared else seed)]
         self.source: torch.Generator | list[torch.Generator] = own[0] if shared else own
         self.generators = own * batch if shared else own
         self.batch, self.dtype, self.device, self.shared = batch, dtype, device, shared
@@ -389,6 +397,30 @@ def _size(request: Request) -> tuple[int, int, int]:
     """(height, width, frames) of a checked request."""
     frames, height, width = request.size
     return height, width, frames
+
+
+def _is_guided(request: Request) -> bool:
+    assert request.guidance_scale is not None
+    return request.guidance_scale > 1
+
+
+def _first_step(request: Request) -> int:
+    """Of `num_inference_steps`, the first that is made: 0, or where `strength` of them (one at least) remain."""
+    if request.video is None:
+        return 0
+    assert request.num_inference_steps is not None
+    return request.num_inference_steps - max(1, int(request.num_inference_steps * request.strength))
+
+
+def _require_same_shape(text: Conditioning, negative: Conditioning) -> None:
+    ours, theirs = (list(c.text.shape) for c in (text, negative) if c.text is not None)
+    if ours != theirs:
+        raise InvalidRequest(
+            f"the text embeddings are {ours} and the negative ones {theirs}.",
+            why="guidance runs them side by side.",
+            hint="give both as embeddings of one shape.",
+            param="negative_prompt_embeds",
+        )
 
 
 def _per_item(value: Any, batch: int) -> list[Any]:

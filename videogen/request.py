@@ -295,8 +295,7 @@ class Request:
             _require(card, kind, param=name if name in ("first_frame", "last_frame") else "keyframes")
         if self.video is not None:
             _require(card, "video", param="video")
-            if isinstance(self.video, str | Path):
-                local(self.video, param="video")
+            _check_video(self.video, self.size[0])
         elif self.strength != 0.8:
             raise InvalidRequest(
                 "strength is given without a video.",
@@ -435,6 +434,23 @@ def _check_image(name: str, image: Any) -> None:
         )
 
 
+def _check_video(video: Any, frames: int) -> None:
+    """The clip to start from can be read, and is long enough."""
+    if isinstance(video, str | Path):
+        from videogen.data.video import read_video
+
+        local(video, param="video")
+        video = read_video(video, limit=frames)[0]
+    found = len(getattr(video, "frames", video))
+    if found < frames:
+        raise InvalidRequest(
+            f"the video has {found} frames, {frames} are asked for.",
+            why="each frame of the new clip starts from one of the old.",
+            hint=f"--frames {max(1, (found - 1) // CHUNK * CHUNK + 1)}",
+            param="video",
+        )
+
+
 def _bad(param: str, value: Any, expected: str, hint: str) -> InvalidRequest:
     return InvalidRequest(f"{param} is {_short(value)}.", why=f"it is {expected}.", hint=hint, param=param)
 
@@ -488,6 +504,7 @@ def _sha256(value: Any) -> str:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
         return digest.hexdigest()
+    value = getattr(value, "frames", value)  # a Video
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()

@@ -165,6 +165,7 @@ def test_an_existing_file_is_refused_before_loading(stub, model, capsys):
         ("t2v a --guidance nan", "--guidance"),
         ("t2v a --sampler dmp", "--sampler dpm"),
         ("t2v a --stpes 5", "did you mean --steps?"),
+        ("t2v a --see 5", "did you mean --seed?"),
         ("t2v a --video start.png", "--model"),
         ("t2v a --size 64", "--help"),
         ("t2v a --size 64x64 --width 64", "--size alone"),
@@ -324,8 +325,8 @@ def test_it_runs_as_a_module():
 
 def test_train_and_demo_call_their_functions(monkeypatch):
     calls: list = []
-    trainer = SimpleNamespace(main=lambda path, overrides: calls.append((path, overrides)))
-    monkeypatch.setitem(sys.modules, "videogen.training.trainer", trainer)  # type: ignore[arg-type]
+    run = SimpleNamespace(main=lambda path, overrides: calls.append((path, overrides)) or "model")
+    monkeypatch.setitem(sys.modules, "videogen.training.run", run)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "videogen.demo", SimpleNamespace(run=lambda: calls.append("demo")))  # type: ignore
     assert main(["train", "vae.yaml", "fit.steps=5", "height=32"]) == 0
     assert main(["demo"]) == 0

@@ -55,7 +55,7 @@ def model_facts(model: str, offline: bool = False) -> dict[str, Any]:
         "conditions": list(card.conditions),
         "scheduler": card.scheduler.get("_class_name"),
     }
-    del facts["dit"], facts["vae"]
+    del facts["dit"], facts["vae"], facts["sha256"]
     facts["transformer"] = {
         name: getattr(card.dit, name)
         for name in ("num_layers", "width", "num_attention_heads", "in_channels", "patch_size", "patch_size_t")
@@ -127,7 +127,7 @@ def demo(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     from videogen.training.run import main
 
-    main(args.file, args.overrides)
+    print(main(args.file, args.overrides))
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Known frames: first, last and key frames share one canvas of latents, concatenated behind the noisy ones.
 
-The order of channels is part of the weights: 32 input channels are noise 16 and frame latents 16, zeros where no frame is
-known (CogVideoX-5B-I2V, its interpolation derivative, the bundled model).
+The order of channels is part of the weights: 32 input channels are noise 16 and frame latents 16, zeros where no frame
+is known (CogVideoX-5B-I2V, its interpolation derivative, the bundled model).
 """
 
 from __future__ import annotations

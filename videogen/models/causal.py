@@ -24,7 +24,7 @@ class Memory:
         return Memory(past=self.future)
 
     def take(self, module: nn.Module) -> Tensor | None:
-        """What `module` kept of the chunk before, None in the first. Freed at once if no backward pass can ask again."""
+        """What `module` kept of the chunk before, None in the first. Freed at once if no backward pass asks again."""
         return self.past.get(module) if torch.is_grad_enabled() else self.past.pop(module, None)
 
 

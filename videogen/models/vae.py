@@ -334,7 +334,7 @@ def halve_frames(x: Video5D) -> Video5D:
 
 
 def enlarge_to(x: Video5D, size: tuple[int, int, int] | torch.Size) -> Video5D:
-    """Nearest-neighbour resize to (frames, height, width); an odd first frame stands for itself, the rest for theirs."""
+    """Nearest-neighbour resize to (frames, height, width); an odd first frame stands for itself, the rest the same."""
     frames = size[0]
     if frames == 1 or frames % 2 == 0:
         return F.interpolate(x, size=tuple(size))

@@ -17,7 +17,7 @@ from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
 from videogen.models.vae import VAE
 from videogen.training.latents import LatentClips, cached_latents, encode_clips, read_latents
 from videogen.training.step import TIMESTEPS, Batch, dit_loss, draw_known, world_batch, world_caption
-from videogen.training.trainer import fit, join_process_group
+from videogen.training.trainer import Facts, fit, join_process_group
 
 
 def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device) -> tuple[DiT, TextEncoder]:
@@ -35,7 +35,7 @@ def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device)
     schedule = Schedule.from_config(config.scheduler)
     draw_times = TIMESTEPS[config.timesteps]
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
         batch = world_batch(config, clips, step, rank, world).to(device)
         generator = torch.Generator().manual_seed((config.fit.seed * 1_000_003 + step) * 64 + rank)
         t = draw_times(config.batch_size, schedule, generator).to(device)

@@ -30,7 +30,7 @@ def save_state(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, module in modules.items():
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, temporary / f"{name}.safetensors")
+        save_file(_module_tensors(module), temporary / f"{name}.safetensors")
     for index, optimizer in enumerate(optimizers):
         save_file(_optimizer_tensors(optimizer), temporary / f"optimizer_{index}.safetensors")
     (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
@@ -63,10 +63,24 @@ def load_state(state: Path, modules: dict[str, nn.Module], optimizers: list[Opti
             hint="give the run another folder, or restore the settings.",
         )
     for name, module in modules.items():
-        module.load_state_dict(load_file(state / f"{name}.safetensors"), strict=True)
+        _load_module(module, load_file(state / f"{name}.safetensors"))
     for index, optimizer in enumerate(optimizers):
         _load_optimizer(optimizer, load_file(state / f"optimizer_{index}.safetensors"))
     return step
+
+
+def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each once: tied ones (T5's embedding) have two names in a state dict."""
+    return {k: v.detach().contiguous() for k, v in [*module.named_parameters(), *module.named_buffers()]}
+
+
+@torch.no_grad()
+def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = dict([*module.named_parameters(), *module.named_buffers()])
+    if own.keys() != tensors.keys():
+        raise FileError(f"the saved state lacks or adds tensors: {sorted(own.keys() ^ tensors.keys())[:3]}.")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

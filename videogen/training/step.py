@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 from videogen.conditioning import frames
@@ -15,6 +15,7 @@ from videogen.conditioning.text import ABSENT
 from videogen.config import DiTTraining
 from videogen.data.world import caption, draw_scene
 from videogen.diffusion import objective
+from videogen.diffusion.prediction import Prediction
 from videogen.diffusion.schedule import Schedule
 from videogen.models.dit import DiT
 from videogen.training.latents import LatentClips
@@ -40,11 +41,11 @@ def dit_loss(
     dit: DiT,
     embed: Callable[[list[str]], Float[Tensor, "b l e"]],
     batch: Batch,
-    t: Float[Tensor, "b"],
+    t: Num[Tensor, "b"],
     noise: Latent,
     *,
     schedule: Schedule,
-    prediction: str = "v_prediction",
+    prediction: Prediction = "v_prediction",
 ) -> Float[Tensor, "b"]:
     """The loss of each sample. `embed` turns captions into text embeddings."""
     cond = Conditioning(text=embed(batch.captions)) | frames.known_frames(batch.frame_latents, batch.known)

@@ -20,7 +20,8 @@ from videogen.training.ema import ema_copy, ema_update
 from videogen.training.optim import build_optimizers, rate_at
 from videogen.training.state import load_state, save_state, saved_states
 
-LossAt = Callable[[int], tuple[Tensor, dict[str, float]]]
+Facts = dict[str, float | int]
+LossAt = Callable[[int], tuple[Tensor, Facts]]
 
 
 def fit(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from videogen.config import VAETraining
 from videogen.data.world import clip
 from videogen.models.vae import VAE
-from videogen.training.trainer import fit, join_process_group
+from videogen.training.trainer import Facts, fit, join_process_group
 from videogen.training.vae_step import init_vae, unit_variance, vae_loss, world_pixels
 
 
@@ -23,7 +23,7 @@ def train_vae(config: VAETraining, folder: Path, device: torch.device) -> VAE:
     init_vae(vae)
     vae.to(device)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_at(step: int) -> tuple[Tensor, Facts]:
         pixels = world_pixels(config, step, rank, world).to(device)
         generator = torch.Generator().manual_seed((config.fit.seed * 1_000_003 + step) * 64 + rank)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.fit.bfloat16):

@@ -50,7 +50,7 @@ def detail(pixels: Float[Tensor, "b 3 F H W"], threshold: float = 0.08) -> Float
 
 
 def world_pixels(config: VAETraining, step: int, rank: int, world: int) -> Float[Tensor, "b 3 F H W"]:
-    """The batch of a step, a function of (seed, step, rank): crops in time and space of fresh clips, or single frames."""
+    """The batch of a step, a function of (seed, step, rank): crops in time and space of new clips, or single frames."""
     stage = stage_at(config, step)
     frames, count = stage.num_frames, stage.batch_size
     if int((step + 1) * stage.image_share) > int(step * stage.image_share):
@@ -90,10 +90,10 @@ def init_vae(vae: VAE) -> None:
     for name, module in vae.decoder.named_modules():
         if isinstance(module, nn.Conv3d) and name.endswith((".scale", ".shift")):
             module.weight.mul_(0.1)
-            nn.init.constant_(module.bias, 1.0 if name.endswith(".scale") else 0.0)
+            nn.init.constant_(_bias(module), 1.0 if name.endswith(".scale") else 0.0)
     logvar = vae.config.latent_channels
     vae.encoder.conv_out.weight[logvar:].mul_(0.1)
-    vae.encoder.conv_out.bias[logvar:] = -5.0
+    _bias(vae.encoder.conv_out)[logvar:] = -5.0
 
 
 @torch.no_grad()
@@ -105,8 +105,13 @@ def unit_variance(vae: VAE, pixels: Float[Tensor, "b 3 F H W"]) -> None:
     channels = vae.config.latent_channels
     out = vae.encoder.conv_out
     out.weight[:channels] /= std[:, None, None, None, None]
-    out.bias[:channels] /= std
-    out.bias[channels:] -= 2 * std.log()
+    _bias(out)[:channels] /= std
+    _bias(out)[channels:] -= 2 * std.log()
     for name, module in vae.decoder.named_modules():
         if isinstance(module, nn.Conv3d) and (name == "conv_in" or name.endswith((".scale", ".shift"))):
             module.weight *= std[None, :, None, None, None]
+
+
+def _bias(conv: nn.Conv3d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias

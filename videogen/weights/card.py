@@ -49,6 +49,7 @@ class Card:
     sampler: str = "ddim"
     provenance: dict[str, Any] = field(default_factory=dict)
     licence: str = "unknown"
+    sha256: dict[str, str] = field(default_factory=dict)  # of the model's files, where its `videogen.json` has them
 
     def latent_shape(self, height: int, width: int, num_frames: int) -> tuple[int, int, int, int]:
         """[f, c, h, w] of the noise for a clip; models with patches in time work on an even number of latent frames."""
@@ -123,6 +124,7 @@ OWN_FACTS = {
     "sampler": str,
     "provenance": dict,
     "licence": str,
+    "sha256": dict,
 }
 
 

@@ -1,0 +1,26 @@
+# One word each. The raw lines stand in README.md. The stamp keeps `make` from installing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check clean
+
+demo: .venv/installed
+	$(BIN)/videogen demo
+
+test: .venv/installed
+	$(BIN)/pytest
+
+# Everything, the exhaustive versions and GPU tests (where there is a GPU) included.
+test-all: .venv/installed
+	$(BIN)/pytest -m "slow or not slow"
+
+check: .venv/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv outputs .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""Every file in configs/ can be used as it stands, says how, and a typo in it would be found."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from videogen.config import DiTTraining, VAETraining, load_training
+from videogen.errors import InvalidRequest
+from videogen.models.dit import DiT
+from videogen.models.vae import VAE
+
+ROOT = Path(__file__).parents[1]
+TRAIN = sorted((ROOT / "configs" / "train").glob("*.yaml"))
+
+
+def test_every_config_is_known_here() -> None:
+    assert TRAIN
+    assert sorted((ROOT / "configs").rglob("*.y*ml")) == TRAIN
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_a_training_file_loads_strictly_and_describes_networks(path: Path) -> None:
+    config = load_training(path)
+    with torch.device("meta"):
+        network = DiT(config.model) if isinstance(config, DiTTraining) else VAE(config.model)
+    assert sum(p.numel() for p in network.parameters()) > 0
+    if isinstance(config, VAETraining):
+        assert sum(stage.steps for stage in config.stages) == config.fit.steps
+    else:
+        space = 8 * config.model.patch_size
+        assert (config.height % space, config.width % space, (config.num_frames - 1) % 8) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_its_first_lines_say_command_hardware_time_and_result(path: Path) -> None:
+    header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
+    assert header, "open with a comment"
+    assert f"videogen train configs/train/{path.name}" in header[0]
+    for word in ("Hardware:", "Time:", "Result:"):
+        assert f"# {word} " in header[0]
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("setting", ["fit.stpes=10", "model.widht=3", "fit.steps=many", "colour=red"])
+def test_a_wrong_setting_is_refused(path: Path, setting: str) -> None:
+    with pytest.raises(InvalidRequest):
+        load_training(path, [setting])
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_an_override_reaches_its_field_and_no_other(path: Path) -> None:
+    plain, changed = load_training(path), load_training(path, ["fit.steps=7", "folder=elsewhere"])
+    assert (changed.fit.steps, changed.folder) == (7, "elsewhere")
+    assert changed.model == plain.model
+    assert changed.fit.learning_rate == plain.fit.learning_rate

@@ -1,0 +1,153 @@
+"""The loop: a killed run goes on as if nothing had happened, averages are what is returned, bad numbers stop it."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from videogen.config import FitConfig
+from videogen.errors import FileError, NumericalError
+from videogen.training.ema import ema_copy, ema_update
+from videogen.training.optim import build_optimizers, rate_at
+from videogen.training.state import saved_states
+from videogen.training.trainer import average_gradients, fit
+
+
+class Regression(nn.Module):
+    """A matrix inside `blocks` (Muon's), a bias outside (AdamW's)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8, bias=False)])
+        self.bias = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x):
+        return self.blocks[0](x) + self.bias
+
+
+def problem(model, broken_at=None):
+    truth = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+
+    def loss_at(step):
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+        loss = (model(x) - x @ truth - 1).square().mean()
+        return (loss * math.nan if step == broken_at else loss), {"samples": 32}
+
+    return loss_at
+
+
+def config(**changes):
+    return FitConfig(
+        **{
+            "steps": 40,
+            "learning_rate": 0.05,
+            "warmup_steps": 5,
+            "save_every": 10,
+            "log_every": 5,
+            "bfloat16": False,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, optimizer):
+    settings = config(optimizer=optimizer)
+    whole = Regression()
+    average = fit({"m": whole}, problem(whole), settings, tmp_path / "whole")["m"]
+
+    killed = Regression()
+    loss_at = problem(killed)
+
+    def dies(step):
+        if step == 27:
+            raise KeyboardInterrupt
+        return loss_at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit({"m": killed}, dies, settings, tmp_path / "killed")
+    again = Regression()
+    resumed = fit({"m": again}, problem(again), settings, tmp_path / "killed")["m"]
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(average.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_training_learns_and_logs(tmp_path):
+    model = Regression()
+    fit({"m": model}, problem(model), config(steps=300), tmp_path, validate=lambda m: {"held_out": 1.5})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.05 * lines[0]["loss"]
+    assert lines[-1]["step"] == 300
+    assert lines[-1]["samples"] == 300 * 32
+    assert lines[-1]["held_out"] == 1.5
+    assert "held_out" not in lines[0]
+
+
+def test_a_finished_run_returns_its_averages_without_training(tmp_path):
+    model = Regression()
+    first = fit({"m": model}, problem(model), config(), tmp_path)["m"]
+
+    def never(step):
+        raise AssertionError("trained again")
+
+    second = fit({"m": Regression()}, never, config(), tmp_path)["m"]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_changed_settings_are_refused_on_resume(tmp_path):
+    model = Regression()
+    fit({"m": model}, problem(model), config(), tmp_path)
+    with pytest.raises(FileError, match="other settings"):
+        fit({"m": model}, problem(model), config(learning_rate=0.1), tmp_path)
+
+
+def test_nan_stops_before_it_reaches_the_weights(tmp_path):
+    model = Regression()
+    with pytest.raises(NumericalError, match="step 12"):
+        fit({"m": model}, problem(model, broken_at=12), config(), tmp_path)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_only_the_newest_states_are_kept_and_none_is_partial(tmp_path):
+    model = Regression()
+    fit({"m": model}, problem(model), config(), tmp_path)
+    assert [s.name for s in saved_states(tmp_path)] == ["step_00000030", "step_00000040"]
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_muon_takes_hidden_matrices_only():
+    adamw, muon = build_optimizers({"m": Regression()}, config(optimizer="muon"))
+    assert [p.shape for g in muon.param_groups for p in g["params"]] == [(8, 8)]
+    assert [p.shape for g in adamw.param_groups for p in g["params"]] == [(8,)]
+
+
+def test_the_rate_warms_up_stays_and_ends_at_zero():
+    settings = config(steps=100, warmup_steps=10, decay_fraction=0.5)
+    rates = [rate_at(step, settings) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert set(rates[9:50]) == {1.0}
+    assert rates[100] == 0
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+
+
+def test_the_average_forgets_its_start():
+    model = Regression()
+    average = ema_copy(model)
+    with torch.no_grad():
+        model.bias += 1
+    for step in range(200):
+        ema_update(average, model, 0.99, step)
+    assert torch.allclose(average.bias, model.bias, atol=0.01)
+    assert not average.bias.requires_grad
+
+
+def test_one_process_leaves_gradients_alone():
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.full((3,), 2.0)
+    average_gradients([parameter], world=1)
+    assert parameter.grad.tolist() == [2, 2, 2]
