@@ -27,13 +27,11 @@ ALLOWED: dict[str, set[str]] = {
     "request": {"errors", "data"} | FILES,
     "conditioning": BASE | {"models"},
     "evaluation": BASE | {"models", "data"},
-    "runtime": BASE | {"models"},
-    "distributed": BASE | {"models"},
     "training": NETWORKS | {"conditioning", "weights", "data", "evaluation", "progress"},
-    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress", "runtime", "distributed"},
+    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress"},
 }
 # These stand on top and may import everything.
-TOP = {"__init__", "__main__", "cli", "demo", "testing", "serve"}
+TOP = {"__init__", "__main__", "cli", "demo", "testing"}
 
 # Imported inside the function that needs them: slow to import, or needed by few.
 LAZY = {"accelerate", "av", "diffusers", "fastapi", "huggingface_hub", "imageio", "matplotlib", "omegaconf"}

@@ -130,7 +130,7 @@ class FitConfig:
     steps: int
     optimizer: str = "adamw"  # or "muon": matrices by Muon, everything else by AdamW
     learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.01
+    muon_learning_rate: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     gradient_clip: float = 1.0

@@ -56,7 +56,7 @@ def run(folder: Path = FOLDER) -> list[Path]:
 def example_scene() -> Scene:
     """A large yellow ring that moves up a teal ground."""
     ring = Thing(
-        colour="yellow", shape="ring", size="large", motion="moves up", radius=(16, 16), start=(32, 43), end=(32, 21)
+        colour="yellow", shape="ring", size="large", motion="up", radius=(16, 16), start=(32, 43), end=(32, 21)
     )
     return Scene(background="teal", checkered=False, objects=(ring,))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from videogen.config import VAEConfig
-from videogen.models.tiling import Tiling
+from videogen.models.tiling import Tiling, tiled
 from videogen.models.vae import VAE, chunk_plan, latent_frames
 from videogen.testing import TINY_VAE, randomize
 
@@ -225,6 +225,53 @@ def test_a_picture_within_one_tile_is_not_tiled(vae: VAE):
         assert torch.equal(vae.moments(x)[0], whole[0])
         assert torch.equal(vae.decode(z), whole[1])
         assert vae.decode(latent(2, 4, 6)).shape == (1, 3, 8, 32, 48)
+    finally:
+        vae.tiling = None
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (96, 170), (31, 46), (30, 45), (7, 50)])
+@pytest.mark.parametrize(
+    "tiling", [Tiling(240, 360), Tiling(32, 32), Tiling(32, 48), Tiling(120, 104, 0.3, 0.45), Tiling(64, 64, 0.0, 0.9)]
+)
+def test_tiles_add_up_to_the_picture(shape: tuple[int, int], tiling: Tiling):
+    """With an enlargement that looks at no neighbour, tiles and their blends change nothing, whatever their size."""
+    tile = (tiling.height // 8, tiling.width // 8)
+    overlap = (tiling.overlap_height, tiling.overlap_width)
+    x = torch.randn(1, 1, 1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def enlarge(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+    def reduce(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, :, ::8, ::8]
+
+    pixels = (tile[0] * 8, tile[1] * 8)
+    large = tiled(enlarge, x, tile=tile, out_tile=pixels, overlap=overlap)
+    torch.testing.assert_close(large, enlarge(x), rtol=1e-12, atol=1e-12)
+    small = tiled(reduce, enlarge(x), tile=pixels, out_tile=tile, overlap=overlap)
+    torch.testing.assert_close(small, x, rtol=1e-12, atol=1e-12)
+
+
+def test_tiles_of_the_published_models_lie_as_in_diffusers():
+    """60 x 90 latents: 3 x 3 tiles of 30 x 45, every 25 and 36."""
+    seen: list[tuple[int, ...]] = []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        seen.append((*map(int, x[0, :, 0, 0, 0]), *x.shape[3:]))
+        return x.repeat_interleave(8, 3).repeat_interleave(8, 4)
+
+    rows, columns = torch.meshgrid(torch.arange(60.0), torch.arange(90.0), indexing="ij")
+    x = torch.stack([rows, columns])[None, :, None]
+    tiled(run, x, tile=(30, 45), out_tile=(240, 360), overlap=(1 / 6, 1 / 5))
+    assert seen == [(top, left, min(30, 60 - top), min(45, 90 - left)) for top in (0, 25, 50) for left in (0, 36, 72)]
+
+
+@torch.no_grad()
+def test_default_tiles_of_a_small_model_keep_the_size(vae: VAE):
+    vae.tiling = vae.default_tiling
+    try:
+        assert vae.decode(latent(1, 4, 6)).shape == (1, 3, 1, 32, 48)
+        assert vae.encode(clip(1, 32, 48)).shape == (1, 4, 1, 4, 6)
     finally:
         vae.tiling = None
 

@@ -64,9 +64,7 @@ def theirs(pipeline: Pipeline, *, video: bool = False) -> Any:
     """The pipeline of diffusers that takes what this model takes."""
     config = pipeline.dit.config
     image = config.in_channels > config.out_channels
-    kind = (
-        CogVideoXVideoToVideoPipeline if video else CogVideoXImageToVideoPipeline if image else CogVideoXPipeline
-    )
+    kind = CogVideoXVideoToVideoPipeline if video else CogVideoXImageToVideoPipeline if image else CogVideoXPipeline
     pipe = kind(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder.encoder,

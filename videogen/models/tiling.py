@@ -31,11 +31,14 @@ def tiled(
     """`run` over overlapping tiles of `x`; `tile` is their size going in, `out_tile` coming out.
 
     Each tile is blended with the one above, then with the one on its left, which are blended already. Not equal to
-    `run(x)`: a tile's GroupNorm and zero padding see the tile only.
+    `run(x)`: a tile's GroupNorm and zero padding see the tile only. Tiles are laid on the coarser of the two grids, so
+    that what is kept of them always adds up to the picture; for tiles of the published sizes that is diffusers' plan.
     """
-    stride_h, stride_w = (int(size * (1 - o)) for size, o in zip(tile, overlap, strict=True))
-    blend_h, blend_w = (int(size * o) for size, o in zip(out_tile, overlap, strict=True))
-    keep_h, keep_w = out_tile[0] - blend_h, out_tile[1] - blend_w
+    coarse = [min(sizes) for sizes in zip(tile, out_tile, strict=True)]
+    steps = [max(1, int(size * (1 - o))) for size, o in zip(coarse, overlap, strict=True)]
+    stride_h, stride_w = (step * size // unit for step, size, unit in zip(steps, tile, coarse, strict=True))
+    keep_h, keep_w = (step * size // unit for step, size, unit in zip(steps, out_tile, coarse, strict=True))
+    blend_h, blend_w = out_tile[0] - keep_h, out_tile[1] - keep_w
 
     above: list[Tensor] = []
     bands = []

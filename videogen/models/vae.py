@@ -110,12 +110,12 @@ class VAE(nn.Module):
             memory = memory.next_chunk()
 
     def _encode_tiles(self, pixels: Tensor) -> Tensor:
-        t, space = self.tiling, self.config.spatial_compression
+        t = self.tiling
         if t is None or (pixels.shape[3] <= t.height and pixels.shape[4] <= t.width):
             return self._encode(pixels)
-        latent_tile = (t.height // space, t.width // space)
+        latent_tile, pixel_tile = self._tile_sizes(t)
         overlap = (t.overlap_height, t.overlap_width)
-        return tiled(self._encode, pixels, tile=(t.height, t.width), out_tile=latent_tile, overlap=overlap)
+        return tiled(self._encode, pixels, tile=pixel_tile, out_tile=latent_tile, overlap=overlap)
 
     def _decodes_in_tiles(self, latents: Tensor) -> bool:
         t, space = self.tiling, self.config.spatial_compression
@@ -125,12 +125,18 @@ class VAE(nn.Module):
         def whole(x: Tensor) -> Tensor:
             return torch.cat(list(self._decode(x)), dim=2)
 
-        t, space = self.tiling, self.config.spatial_compression
+        t = self.tiling
         if t is None or not self._decodes_in_tiles(latents):
             return whole(latents)
-        latent_tile = (t.height // space, t.width // space)
+        latent_tile, pixel_tile = self._tile_sizes(t)
         overlap = (t.overlap_height, t.overlap_width)
-        return tiled(whole, latents, tile=latent_tile, out_tile=(t.height, t.width), overlap=overlap)
+        return tiled(whole, latents, tile=latent_tile, out_tile=pixel_tile, overlap=overlap)
+
+    def _tile_sizes(self, t: Tiling) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(height, width) of a tile in latents, and in as many whole pixels."""
+        space = self.config.spatial_compression
+        height, width = max(1, t.height // space), max(1, t.width // space)
+        return (height, width), (height * space, width * space)
 
 
 def chunk_plan(length: int, batch: int) -> list[tuple[int, int]]:
