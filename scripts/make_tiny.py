@@ -1,4 +1,4 @@
-"""Make `checkpoints/tiny` from nothing: train the VAE, then the DiT and text encoder, score the result, put it in place.
+"""Make `checkpoints/tiny` from nothing: train the VAE, then the DiT and text encoder, score and install the result.
 
     python scripts/make_tiny.py                 the bundled model: about two hours on two cores, less on a GPU
     python scripts/make_tiny.py --scale smoke   every stage in a few minutes, into runs/smoke (the result is no good)

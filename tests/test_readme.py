@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from videogen import cli, pipeline
+from videogen import cli
 from videogen.errors import ModelNotFound
 from videogen.weights.card import find_model, read_card
 
@@ -75,6 +75,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fewer denoising steps where a block names none: whether it runs is asked here, not how good the clip is."""
+    from videogen import pipeline
+
     for module in (pipeline, cli.generate):
         monkeypatch.setattr(module, "read_card", lambda folder: replace(read_card(folder), num_inference_steps=4))
     pipeline._kept.cache_clear()
@@ -192,3 +194,10 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_the_index_of_docs_names_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\]\(([\w/.-]+\.md)\)", index))
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert pages - {"README.md"} <= named

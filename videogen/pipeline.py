@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
@@ -214,7 +215,7 @@ class Pipeline:
 
         def told(words: Conditioning) -> Any:
             if request.last_frame_until < 1 and last in frames:
-                return switched(words | full, words | without, times=called, until=request.last_frame_until)
+                return switched(words | full, words | without, times=called, until=float(request.last_frame_until))
             return words | full
 
         scale: Any = float(request.guidance_scale)
@@ -278,7 +279,7 @@ class Pipeline:
         for chunk in self.vae.decode_chunks(rearrange(latents, "f c h w -> 1 c f h w")):
             _require_finite(chunk, "frames")
             yield rearrange(chunk[0] / 2 + 0.5, "c F H W -> F c H W").clamp(0, 1)
-            done = min(total, done + max(1, round(chunk.shape[2] / self.vae.config.temporal_compression_ratio)))
+            done = min(total, done + math.ceil(chunk.shape[2] / self.vae.config.temporal_compression_ratio))
             if request is not None:
                 left = (time.monotonic() - started) / done * (total - done)
                 _report(request, "decode", done, total, eta=left)
@@ -428,16 +429,10 @@ def _per_item(value: Any, batch: int) -> list[Any]:
 
 
 def _frames_of(video: Any, count: int) -> Any:
+    """The first `count` pictures of a path, a `Video`, an array or a list; that they are enough was checked."""
     frames = video.frames if isinstance(video, Video) else video
     if isinstance(frames, str | Path):
         frames = read_video(frames, limit=count)[0]
-    if len(frames) < count:
-        raise InvalidRequest(
-            f"the video has {len(frames)} frames, {count} are asked for.",
-            why="each frame of the new clip starts from one of the old.",
-            hint=f"--frames {max(1, (len(frames) - 1) // 8 * 8 + 1)}",
-            param="video",
-        )
     return frames[:count]
 
 

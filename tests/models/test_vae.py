@@ -1,6 +1,7 @@
 """The VAE by itself: shapes, chunks, causality, gradients, memory."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_the_first_chunk_takes_what_is_left_over(length: int, batch: int, plan: 
     chunks = chunk_plan(length, batch)
     assert [stop - start for start, stop in chunks] == plan
     assert chunks[0][0] == 0
-    assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(chunks))
     assert chunks[-1][1] == length
 
 

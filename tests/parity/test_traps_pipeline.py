@@ -121,7 +121,7 @@ def test_trap_16_a_batch_draws_as_one_and_seeds_draw_apart():
 def test_trap_17_the_pipeline_guides_in_float32(monkeypatch: pytest.MonkeyPatch):
     """diffusers takes the difference of the two halves in float32 even where everything else is float64."""
     pipeline = ours("2B", torch.float64)
-    frames, latents = run_theirs(pipeline, TEXT)
+    _, latents = run_theirs(pipeline, TEXT)
     assert difference(run_ours(pipeline, TEXT)[1], latents) < 1e-12
 
     def in_float64(model, cond: Conditioning, uncond: Conditioning, scale: float, *, dtype: torch.dtype):

@@ -1,4 +1,4 @@
-"""What is learned: batches are functions of the step, losses equal their formulas, and a miniature run ends in a model."""
+"""What is learned: batches are functions of the step, losses equal their formulas, a miniature run ends in a model."""
 
 import dataclasses
 import subprocess

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from videogen.models.text import TextEncoder
 from videogen.types import Conditioning
 
@@ -9,6 +11,14 @@ ABSENT = ""
 
 
 def prompt(text_encoder: TextEncoder, prompts: list[str]) -> Conditioning:
+    """The prompts' embeddings [b, l, e]. Warns where a prompt is longer than the model reads."""
+    for text in prompts:
+        if (count := text_encoder.count_tokens(text)) > text_encoder.max_length:
+            warnings.warn(
+                f"the prompt has {count} tokens, the model reads {text_encoder.max_length}; its end is not seen: "
+                f"…{text[-40:]!r}",
+                stacklevel=2,
+            )
     return Conditioning(text=text_encoder(prompts))
 
 
