@@ -71,6 +71,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, optimizer):
         fit({"m": killed}, dies, settings, tmp_path / "killed")
     again = Regression()
     resumed = fit({"m": again}, problem(again), settings, tmp_path / "killed")["m"]
+    last = [(tmp_path / name / "log.jsonl").read_text().splitlines()[-1] for name in ("whole", "killed")]
+    assert json.loads(last[0])["samples"] == json.loads(last[1])["samples"] == 40 * 32
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     for a, b in zip(average.parameters(), resumed.parameters(), strict=True):

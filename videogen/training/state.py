@@ -19,6 +19,7 @@ from videogen.errors import FileError
 def save_state(
     folder: Path,
     step: int,
+    samples: int,
     modules: dict[str, nn.Module],
     optimizers: list[Optimizer],
     run: dict[str, Any],
@@ -33,7 +34,7 @@ def save_state(
         save_file(_module_tensors(module), temporary / f"{name}.safetensors")
     for index, optimizer in enumerate(optimizers):
         save_file(_optimizer_tensors(optimizer), temporary / f"optimizer_{index}.safetensors")
-    (temporary / "run.json").write_text(json.dumps({"step": step, **run}, indent=1))
+    (temporary / "run.json").write_text(json.dumps({"step": step, "samples": samples, **run}, indent=1))
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
     if final.exists():  # a resumed run reaches a step it had already saved
@@ -50,10 +51,12 @@ def saved_states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
 
 
-def load_state(state: Path, modules: dict[str, nn.Module], optimizers: list[Optimizer], run: dict[str, Any]) -> int:
-    """Put a saved state back; the step to go on with. A run whose settings differ from the saved ones is refused."""
+def load_state(
+    state: Path, modules: dict[str, nn.Module], optimizers: list[Optimizer], run: dict[str, Any]
+) -> tuple[int, int]:
+    """Put a saved state back; the step to go on with and the samples seen. Refuses a run with other settings."""
     saved = json.loads((state / "run.json").read_text())
-    step = saved.pop("step")
+    step, samples = saved.pop("step"), saved.pop("samples", 0)
     run = json.loads(json.dumps(run))  # tuples become lists, as they are in the file
     if saved != run:
         changed = sorted(k for k in saved.keys() | run.keys() if saved.get(k) != run.get(k))
@@ -66,7 +69,7 @@ def load_state(state: Path, modules: dict[str, nn.Module], optimizers: list[Opti
         _load_module(module, load_file(state / f"{name}.safetensors"))
     for index, optimizer in enumerate(optimizers):
         _load_optimizer(optimizer, load_file(state / f"optimizer_{index}.safetensors"))
-    return step
+    return step, samples
 
 
 def _module_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -47,9 +47,9 @@ def fit(
     run = {"fit": asdict(config), "world": world}
 
     states = saved_states(folder)
-    first = load_state(states[-1], stored, optimizers, run) if states else 0
+    first, samples = load_state(states[-1], stored, optimizers, run) if states else (0, 0)
     parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
-    started, samples = time.monotonic(), 0.0
+    started = time.monotonic()
     log = (folder / "log.jsonl").open("a") if rank == 0 and folder.mkdir(parents=True, exist_ok=True) is None else None
 
     for step in range(first, config.steps):
@@ -69,7 +69,7 @@ def fit(
             ema_update(averages[name], module, config.ema_decay, step)
 
         done = step + 1
-        samples += facts.get("samples", 0) * world
+        samples += int(facts.get("samples", 0)) * world
         save = done % config.save_every == 0 or done == config.steps
         if log and (done % config.log_every == 0 or save):
             line = {"step": done, "loss": value, "norm": norm, **facts, "samples": samples}
@@ -78,7 +78,7 @@ def fit(
                 line |= validate(averages)
             print(json.dumps(line), file=log, flush=True)
         if save and rank == 0:
-            save_state(folder, done, stored, optimizers, run)
+            save_state(folder, done, samples, stored, optimizers, run)
         if save and world > 1:
             dist.barrier()  # nobody runs ahead of a state that is being written
     return averages
