@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": BASE | {"models"},
     "request": {"errors", "data"} | FILES,
     "conditioning": BASE | {"models"},
+    "runtime": BASE | {"models"},
     "evaluation": BASE | {"models", "data"},
     "training": NETWORKS | {"conditioning", "weights", "data", "evaluation", "progress"},
     "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress"},
