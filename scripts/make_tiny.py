@@ -34,7 +34,7 @@ SMOKE = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=("full", "smoke"), default="full")
-    parser.add_argument("--processes", type=int, default=2, help="single-threaded training processes on a CPU")
+    parser.add_argument("--processes", type=int, default=2, help="processes that train the DiT, one thread each")
     parser.add_argument("--install", action="store_true", help="replace checkpoints/tiny")
     args = parser.parse_args()
 
@@ -42,7 +42,8 @@ def main() -> None:
     runs = Path("runs/smoke" if smoke else "runs/tiny")
     for task in ("vae", "dit"):
         overrides = [f"folder={runs / task}", *(SMOKE[task] if smoke else [])]
-        train(ROOT / f"configs/train/tiny_{task}.yaml", overrides, 1 if smoke else args.processes)
+        processes = args.processes if task == "dit" and not smoke else 1
+        train(ROOT / f"configs/train/tiny_{task}.yaml", overrides, processes)
     model = runs / "dit" / "model"
     count = ["--n", "8", "--n-frames", "4", "--batch", "4", "--steps", "4"] if smoke else []
     run([sys.executable, str(ROOT / "scripts/score.py"), str(model), "--out", str(runs / "score"), *count])

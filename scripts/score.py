@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +26,16 @@ from videogen.pipeline import Pipeline, load
 MODES = {"text": (), "first frame": (0,), "first and last frame": (0, -1)}
 
 
-def score(pipeline: Pipeline, *, n: int, n_frames: int, batch: int, steps: int | None = None) -> dict[str, dict]:
+def score(
+    pipeline: Pipeline, workers: ProcessPoolExecutor, *, n: int, n_frames: int, batch: int, **keywords: Any
+) -> dict[str, dict]:
     """One table per mode, with the ceiling (the truth through the VAE) and the floor (clips of other scenes)."""
     reconstruct = through_vae(pipeline)
     rows = {}
     for mode, given in MODES.items():
-        count = n_frames if given else n
+        generate = generator(pipeline, workers, given, batch, keywords)
         rows[mode] = evaluate(
-            generator(pipeline, given, steps), n=count, batch=batch, given=given, reconstruct=reconstruct
+            generate, n=n_frames if given else n, batch=8 * batch, given=given, reconstruct=reconstruct
         )
         print(f"{mode}: done", flush=True)
     rows["ceiling: the truth through the VAE"] = evaluate(ceiling(reconstruct), n=n_frames, batch=batch)
@@ -38,20 +43,34 @@ def score(pipeline: Pipeline, *, n: int, n_frames: int, batch: int, steps: int |
     return rows
 
 
-def generator(pipeline: Pipeline, given: Sequence[int], steps: int | None = None):
-    """The pipeline as the evaluation wants it: prompts and scenes in, clips out; the scenes give the known frames."""
+def generator(pipeline: Pipeline, workers: ProcessPoolExecutor, given: Sequence[int], batch: int, keywords: dict):
+    """The model as the evaluation wants it: prompts and scenes in, clips out; the scenes give the known frames."""
 
     def generate(prompts: list[str], scenes: list[Scene]) -> list[np.ndarray]:
         card = pipeline.card
         truth = [render(scene, card.num_frames, card.height, card.width) for scene in scenes]
-        images = {
-            name: [clip[i] for clip in truth] for name, i in (("first_frame", 0), ("last_frame", -1)) if i in given
-        }
-        seeds = [abs(hash_of(prompt)) for prompt in prompts]
-        videos = pipeline.generate(prompts, seed=seeds, num_inference_steps=steps, **images)
-        return [video.frames for video in videos]
+        jobs = []
+        for start in range(0, len(prompts), batch):
+            part = slice(start, start + batch)
+            job: dict[str, Any] = {"prompt": prompts[part], "seed": [hash_of(text) for text in prompts[part]]}
+            for name, index in (("first_frame", 0), ("last_frame", -1)):
+                if index in given:
+                    job[name] = [clip[index] for clip in truth[part]]
+            jobs.append(job | keywords)
+        return [frames for clips in workers.map(make, jobs) for frames in clips]
 
     return generate
+
+
+def open_model(model: str) -> None:
+    """Each worker has a pipeline of its own, and one thread: two of one process are slower than one on a small CPU."""
+    global worker
+    torch.set_num_threads(1)
+    worker = load(model)
+
+
+def make(keywords: dict[str, Any]) -> list[np.ndarray]:
+    return [video.frames for video in worker.generate(**keywords)]
 
 
 def hash_of(text: str) -> int:
@@ -81,11 +100,16 @@ def main() -> None:
     parser.add_argument("--n-frames", type=int, default=64, help="clips of each mode with frames, and for the ceiling")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's)")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/score"))
     args = parser.parse_args()
 
+    torch.set_num_threads(1)
     pipeline = load(args.model)
-    rows = score(pipeline, n=args.n, n_frames=args.n_frames, batch=args.batch, steps=args.steps)
+    pool = {"mp_context": get_context("spawn"), "initializer": open_model, "initargs": (args.model,)}
+    with ProcessPoolExecutor(args.processes, **pool) as workers:
+        keywords = {"num_inference_steps": args.steps}
+        rows = score(pipeline, workers, n=args.n, n_frames=args.n_frames, batch=args.batch, **keywords)
     vae = reconstruction(through_vae(pipeline), n=40)
     table = markdown(rows) + f"\n\nVAE over 40 held-out clips: {vae['psnr']:.1f} dB, SSIM {vae['ssim']:.3f}\n"
     print(table)
