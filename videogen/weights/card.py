@@ -73,7 +73,7 @@ def read_card(folder: str | Path) -> Card:
             why=f"it has no model_index.json (found: {found or 'nothing'}).",
             hint="give a folder in diffusers' layout, a name such as zai-org/CogVideoX-2b, or tiny.",
         )
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     for part, known in CLASSES.items():
         name = (index.get(part) or [None, None])[1]
         if name is not None and name not in known:
@@ -82,9 +82,9 @@ def read_card(folder: str | Path) -> Card:
                 why=f"only {', '.join(known)} can be opened.",
                 hint="choose a model of the CogVideoX family.",
             )
-    dit = from_dict(DiTConfig, _json(folder / "transformer" / "config.json"), where="transformer/config.json")
-    vae = from_dict(VAEConfig, _json(folder / "vae" / "config.json"), where="vae/config.json")
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    dit = from_dict(DiTConfig, read_json(folder / "transformer" / "config.json"), where="transformer/config.json")
+    vae = from_dict(VAEConfig, read_json(folder / "vae" / "config.json"), where="vae/config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     facts: dict[str, Any] = {
         "name": _name(folder),
         "conditions": conditions_of(dit, vae.latent_channels),
@@ -130,7 +130,7 @@ OWN_FACTS = {
 
 def _own_facts(path: Path) -> dict[str, Any]:
     """The fields of `videogen.json` that the card holds; its other entries (hashes, notes) belong to other readers."""
-    facts = {k: v for k, v in _json(path).items() if k in OWN_FACTS}
+    facts = {k: v for k, v in read_json(path).items() if k in OWN_FACTS}
     for key, value in facts.items():
         if not isinstance(value, OWN_FACTS[key]):
             raise ModelNotFound(
@@ -141,7 +141,7 @@ def _own_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

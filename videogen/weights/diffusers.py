@@ -24,7 +24,7 @@ from videogen.errors import FileError, InvalidRequest, ModelNotFound
 from videogen.models.dit import DiT
 from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
-from videogen.weights.card import CLASSES, _json
+from videogen.weights.card import CLASSES, read_json
 from videogen.weights.load import build, read_tensors, sync, weight_files, write_json, write_tensors
 from videogen.weights.table import DIT_RULES, VAE_RULES, Rules, count, listed, to_theirs
 
@@ -76,7 +76,9 @@ def load_folder(
         dit=load_dit(folder, **where) if "dit" in components else None,
         vae=load_vae(folder, **where) if "vae" in components else None,
         text_encoder=load_text_encoder(folder, **where) if "text_encoder" in components else None,
-        scheduler_config=_json(folder / "scheduler" / "scheduler_config.json") if "scheduler" in components else None,
+        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json")
+        if "scheduler" in components
+        else None,
     )
 
 
@@ -117,7 +119,7 @@ def load_text_encoder(
     encoder.load_state_dict(state, strict=True, assign=True)
     encoder.tie_weights()
     beside = folder.parent / "transformer" / "config.json"
-    length = _json(beside).get("max_text_seq_length", 226) if beside.is_file() else 226
+    length = read_json(beside).get("max_text_seq_length", 226) if beside.is_file() else 226
     return TextEncoder(encoder.eval(), _load_tokenizer(folder), max_length or length)
 
 
@@ -127,7 +129,7 @@ def _load_tokenizer(text_encoder: Path) -> Any:
 
     beside = text_encoder.parent / "tokenizer"
     folder = text_encoder if (text_encoder / "tokenizer_config.json").is_file() else beside
-    name = _json(folder / "tokenizer_config.json").get("tokenizer_class")
+    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
     if name not in TOKENIZERS:
         raise _unsupported(folder, "tokenizer", name, TOKENIZERS)
     return getattr(transformers, TOKENIZERS[name]).from_pretrained(folder, local_files_only=True)
@@ -135,7 +137,7 @@ def _load_tokenizer(text_encoder: Path) -> Any:
 
 def check_index(folder: Path) -> None:
     """Refuse a `model_index.json` that names a pipeline, a part or a class we do not know."""
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in PIPELINES:
         raise _unsupported(folder, "pipeline", index.get("_class_name"), PIPELINES)
     known = {**CLASSES, "tokenizer": tuple(TOKENIZERS), "scheduler": None}
@@ -163,7 +165,7 @@ def _component(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
                 hint=f"give a model folder in diffusers' layout or a {part} folder.",
             )
         inner = folder
-    config = _json(inner / "config.json")
+    config = read_json(inner / "config.json")
     name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
     if name not in CLASSES[part]:
         raise _unsupported(inner, part, name, CLASSES[part])
@@ -253,7 +255,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def verify_folder(folder: str | Path) -> None:
     """Compare every file with the hashes in `videogen.json`; damaged and missing ones are named in the error."""
     folder = Path(folder)
-    recorded: dict[str, str] = _json(folder / "videogen.json").get("sha256", {})
+    recorded: dict[str, str] = read_json(folder / "videogen.json").get("sha256", {})
     missing = [name for name in recorded if not (folder / name).is_file()]
     damaged = [name for name in recorded if name not in missing and _sha256(folder / name) != recorded[name]]
     if not recorded or missing or damaged:
