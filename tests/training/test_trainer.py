@@ -9,8 +9,10 @@ from torch import nn
 
 from videogen.config import FitConfig
 from videogen.errors import FileError, NumericalError
+from videogen.models.vae import VAE
+from videogen.testing import TINY_VAE
 from videogen.training.ema import ema_copy, ema_update
-from videogen.training.optim import build_optimizers, rate_at
+from videogen.training.optim import Muon, build_optimizers, rate_at
 from videogen.training.state import saved_states
 from videogen.training.trainer import average_gradients, fit
 
@@ -153,3 +155,29 @@ def test_one_process_leaves_gradients_alone():
     parameter.grad = torch.full((3,), 2.0)
     average_gradients([parameter], world=1)
     assert parameter.grad.tolist() == [2, 2, 2]
+
+
+def test_muon_turns_the_convolutions_that_look_around():
+    vae = VAE(TINY_VAE)
+    adamw, muon = build_optimizers({"vae": vae}, config(optimizer="muon"))
+    turned = {p.data_ptr() for g in muon.param_groups for p in g["params"]}
+    kept = {p.data_ptr() for g in adamw.param_groups for p in g["params"]}
+    names = {name for name, p in vae.named_parameters() if p.data_ptr() in turned}
+    assert turned | kept == {p.data_ptr() for p in vae.parameters()}
+    assert not turned & kept
+    assert "decoder.up.0.resnets.0.conv1.weight" in names
+    assert "decoder.up.0.upsample.weight" in names
+    assert not [n for n in names if "conv_in" in n or "conv_out" in n or "norm" in n or "shortcut" in n]
+
+
+def test_muon_moves_a_convolution_as_it_moves_the_matrix_of_its_kernel():
+    conv, gradient = nn.Conv3d(4, 6, 3), torch.randn(6, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    matrix = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    ours, plain = Muon([conv.weight], lr=0.1), torch.optim.Muon([matrix], lr=0.1)
+    for _ in range(2):
+        conv.weight.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(conv.weight.flatten(1), matrix, rtol=0, atol=0)
+    ours.zero_grad()
+    assert conv.weight.grad is None

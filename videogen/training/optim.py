@@ -10,10 +10,11 @@ from videogen.config import FitConfig
 
 
 def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[Optimizer]:
-    """AdamW for everything, or Muon (Jordan 2024; arXiv:2502.16982) for the hidden matrices and AdamW for the rest.
+    """AdamW for everything, or Muon (Jordan 2024; arXiv:2502.16982) for what is hidden and AdamW for the rest.
 
-    Embeddings, norms, biases, convolutions and the first and last layers always go to AdamW: Muon's orthogonal updates
-    are meant for matrices between hidden layers. Every group remembers its peak rate under `peak_lr`.
+    Hidden are the matrices of the transformers' blocks and the VAE's convolutions that look around. Embeddings, norms,
+    biases and the first and last layers always go to AdamW: Muon's orthogonal updates are meant for maps between hidden
+    layers. Every group remembers its peak rate under `peak_lr`.
     """
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer {config.optimizer!r}: adamw or muon")
@@ -22,7 +23,7 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[O
     for module in modules.values():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                hidden = parameter.ndim == 2 and "block" in name and config.optimizer == "muon"
+                hidden = config.optimizer == "muon" and is_hidden(name, parameter)
                 (matrices if hidden else others).append(parameter)
 
     optimizers: list[Optimizer] = [
@@ -33,7 +34,7 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[O
     if matrices:
         # match_rms_adamw gives updates the size of AdamW's, so one rate suits matrices of every shape.
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=config.muon_learning_rate,
                 weight_decay=config.weight_decay,
@@ -44,6 +45,36 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[O
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def is_hidden(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon may turn this weight: a matrix of a transformer block, a kernel inside the VAE."""
+    if parameter.ndim == 2:
+        return "block" in name
+    return (
+        parameter.ndim >= 4
+        and parameter.shape[-1] > 1
+        and not {"conv_in", "conv_out", "patch_embed"} & {*name.split(".")}
+    )
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon takes matrices only; here a convolution [out, in, *kernel] is the matrix [out, in · kernel]."""
+
+    def __init__(self, parameters: list[nn.Parameter], **settings) -> None:
+        self.parameters = parameters
+        super().__init__([nn.Parameter(p.detach().flatten(1)) for p in parameters], **settings)  # views: one memory
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for matrix, parameter in zip(self.param_groups[0]["params"], self.parameters, strict=True):
+            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+        super().zero_grad(set_to_none)
 
 
 def rate_at(step: int, config: FitConfig) -> float:
