@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all bench check clean
 
 demo: .venv/installed
 	$(BIN)/videogen demo
@@ -13,6 +13,10 @@ test: .venv/installed
 # Everything, the exhaustive versions and GPU tests (where there is a GPU) included: about 9 minutes on two cores.
 test-all: .venv/installed
 	$(BIN)/pytest -m "slow or not slow"
+
+# Ours against diffusers on this machine: under 10 minutes on two cores, which should have nothing else to do.
+bench: .venv/installed
+	$(BIN)/python scripts/benchmark.py
 
 check: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

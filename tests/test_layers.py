@@ -27,16 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "request": {"errors", "data"} | FILES,
     "conditioning": BASE | {"models"},
     "runtime": BASE | {"models"},
+    "distributed": NETWORKS,
     "evaluation": BASE | {"models", "data"},
     "training": NETWORKS | {"conditioning", "weights", "data", "evaluation", "progress"},
-    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress"},
+    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress", "runtime"},
 }
 # These stand on top and may import everything.
 TOP = {"__init__", "__main__", "cli", "demo", "testing"}
 
 # Imported inside the function that needs them: slow to import, or needed by few.
 LAZY = {"accelerate", "av", "diffusers", "fastapi", "huggingface_hub", "imageio", "matplotlib", "omegaconf"}
-LAZY |= {"tokenizers", "transformers", "xformers", "yaml"}
+LAZY |= {"sageattention", "tokenizers", "transformers", "xformers", "yaml"}
 
 
 def name(path: Path) -> str:

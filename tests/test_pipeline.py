@@ -335,8 +335,9 @@ def test_save_and_load_give_the_same_model(tmp_path: Path, monkeypatch: pytest.M
     assert replace(loaded.card, folder=pipeline.card.folder, sha256={}) == pipeline.card
     assert loaded.config == pipeline.config
     keywords = {"first_frame": picture(0), "num_inference_steps": 2}
-    frames = pipeline.generate(WORDS, output="tensor", **keywords)
-    assert torch.equal(loaded.generate(WORDS, output="tensor", **keywords), frames)
+    frames = loaded.generate(WORDS, output="tensor", **keywords)
+    plain = pipeline.generate(WORDS, output="tensor", **keywords)  # by the plain rows: equal up to rounding
+    torch.testing.assert_close(frames, plain, rtol=0, atol=1e-5)
     assert len(loaded.generate(WORDS, **keywords).settings["transformer_sha256"]) == 64
 
     # generate() loads once, and keeps what it loaded

@@ -60,8 +60,8 @@ def refused(request: Request, by: Card | None = None) -> InvalidRequest:
 def test_keywords_of_the_contract():
     contract = """
         prompt negative_prompt prompt_embeds negative_prompt_embeds first_frame last_frame keyframes last_frame_until
-        video strength fit height width num_frames fps num_inference_steps guidance_scale use_dynamic_cfg sampler seed
-        latents on_step output out
+        video strength fit height width num_frames fps num_inference_steps guidance_scale use_dynamic_cfg
+        guidance_until sampler step_cache seed latents on_step output out
     """.split()  # noqa: SIM905
     assert [f.name for f in fields(Request)] == contract == list(HELP)
     kinds = [p.kind for p in inspect.signature(Request).parameters.values()]
@@ -115,6 +115,10 @@ def test_a_learned_table_has_one_size_and_length():
         ("strength", 1.5),
         ("last_frame_until", -0.1),
         ("last_frame_until", 1.1),
+        ("guidance_until", -0.1),
+        ("guidance_until", 1.5),
+        ("step_cache", -0.1),
+        ("step_cache", 1.1),
         ("fit", "squeeze"),
         ("output", "gif"),
         ("sampler", "ddmi"),

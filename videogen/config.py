@@ -155,6 +155,16 @@ class ClipStage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """How often the clips of a training stream show what (`data.world.draw_scene`). Without settings, one object."""
+
+    checkered: float = 0.1  # share of clips on a checkered ground
+    two: float = 0.0  # share with two objects
+    camera: float = 0.0  # share of the checkered ones whose camera moves
+    style: float = 0.0  # share in black and white, in sepia or sketched
+
+
+@dataclass(frozen=True, kw_only=True)
 class VAETraining:
     """`configs/train/*vae*.yaml`."""
 
@@ -166,7 +176,7 @@ class VAETraining:
     height: int = 64
     width: int = 64
     num_frames: int = 17
-    checkered: float = 0.1  # share of clips on a checkered ground
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     kl_weight: float = 1e-4
     detail_weight: float = 4.0  # extra weight of pixels on edges and in motion
 
@@ -182,7 +192,33 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTTraining:
+class ClipTraining:
+    """What every training on clips of the world has, encoded once beforehand: which clips, and what is told of them."""
+
+    fit: FitConfig
+    clips: int = 20_000  # how many clips are encoded once, before training
+    batch_size: int = 32
+    height: int = 64
+    width: int = 64
+    num_frames: int = 17
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    caption_dropout: float = 0.1  # share of samples that see the empty prompt
+    frame_conditions: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"none": 0.5, "first": 0.2, "last": 0.05, "first+last": 0.15, "keyframes": 0.1}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Deferred masking: most steps compute a part of the video tokens only (arXiv:2407.15811)."""
+
+    share: float = 0.75  # of the unknown video tokens that are dropped, behind the mixer
+    mixer_layers: int = 1  # light blocks over all tokens, in training only
+    finish: float = 0.2  # the last part of the run, which drops nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTTraining(ClipTraining):
     """`configs/train/*dit*.yaml`."""
 
     task: str = "dit"
@@ -191,22 +227,35 @@ class DiTTraining:
     model: DiTConfig
     text_encoder: TextEncoderConfig
     vae: str = ""  # folder of the trained VAE
-    fit: FitConfig
     scheduler: dict[str, Any] = dataclasses.field(default_factory=dict)
-    clips: int = 20_000  # how many clips are encoded once, before training
-    batch_size: int = 32
-    height: int = 64
-    width: int = 64
-    num_frames: int = 17
     fps: int = 8
     num_inference_steps: int = 50  # defaults of the model that is made
     guidance_scale: float = 6.0
-    checkered: float = 0.1
-    caption_dropout: float = 0.1  # share of samples that see the empty prompt
-    frame_conditions: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"none": 0.5, "first": 0.2, "last": 0.05, "first+last": 0.15, "keyframes": 0.1}
-    )
     timesteps: str = "informative"  # or "uniform"
+    masking: MaskingConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillTraining(ClipTraining):
+    """`configs/train/distill*.yaml`: a student of few steps, without guidance, from a teacher of many.
+
+    `fit` is the loop of the second phase, in which student and critic learn in turn; `consistency` that of the first.
+    """
+
+    task: str = "distill"
+    folder: str = "runs/distill"  # state, latents, log and result
+    name: str = "tiny-4step"  # of the model that is made
+    teacher: str = "tiny"  # a model folder or name, as for `--model`
+    consistency: FitConfig  # 0 steps: the student starts as its teacher
+    prompts: str = ""  # a file with a prompt per line, instead of the world's clips; then there are no latents
+    guidance_scale: float = 6.0  # of the teacher: the student has it built in
+    num_inference_steps: int = 4  # the student's
+    path_steps: int = 16  # of the teacher's path in the consistency phase
+    path_jumps: int = 16  # of those, made by the teacher before the student looks again; all: to the path's end
+    critic_steps: int = 5  # steps of the critic before each of the student
+    critic_rate: float = 1.0  # the critic's share of the learning rate
+    caption_dropout: float = 0.02  # no guidance needs the empty prompt: it stays a prompt that users may give
+    gradient_checkpointing: bool = False
 
 
 def load_yaml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -250,10 +299,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
-TRAININGS: dict[str, type[VAETraining] | type[DiTTraining]] = {"vae": VAETraining, "dit": DiTTraining}
+Training = VAETraining | DiTTraining | DistillTraining
+TRAININGS: dict[str, type[Training]] = {"vae": VAETraining, "dit": DiTTraining, "distill": DistillTraining}
 
 
-def load_training(path: str | Path, overrides: Sequence[str] = ()) -> VAETraining | DiTTraining:
+def load_training(path: str | Path, overrides: Sequence[str] = ()) -> Training:
     """A training file with `key=value` overrides, read by `load_yaml` as the kind of training its `task` names."""
     task = read_yaml(path).get("task")
     if task not in TRAININGS:

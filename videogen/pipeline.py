@@ -5,22 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property, lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 import videogen
 from videogen.conditioning import frames as frame_condition
 from videogen.conditioning import text as text_condition
 from videogen.config import to_dict
-from videogen.data.video import Video, fit_image, read_video, to_uint8, write_video
-from videogen.diffusion.denoiser import dynamic_cfg, guided, switched
+from videogen.data.video import Video, fit_image, read_video, write_video
+from videogen.diffusion.denoiser import dynamic_cfg, guided, last_time, switched
 from videogen.diffusion.prediction import add_noise, prediction_type
 from videogen.diffusion.samplers import SAMPLERS, diffusers_sampler, load_scheduler, scheduler_times
 from videogen.diffusion.schedule import Schedule
@@ -30,9 +31,14 @@ from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
 from videogen.progress import Event
 from videogen.request import Request
+from videogen.runtime.memory import PLANS, Plan, choose_plan
+from videogen.runtime.modulation import expect
+from videogen.runtime.offload import Stages, tensors
+from videogen.runtime.prepare import LOSSY_KERNELS, prepare
+from videogen.runtime.step_cache import Curve, StepCache, load_curve, step_cache
 from videogen.types import Conditioning, Latent
 from videogen.weights.card import Card, find_model, read_card
-from videogen.weights.diffusers import load_folder, save_folder
+from videogen.weights.diffusers import load_folder, save_folder, text_dtype
 
 
 def load(
@@ -40,29 +46,40 @@ def load(
     *,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
-    memory: str = "auto",
+    memory: str | Plan = "auto",
+    kernel: str = "auto",
+    quantize: str | None = None,
+    compile: bool = False,
     revision: str | None = None,
     offline: bool = False,
 ) -> Pipeline:
     """Open a model: "tiny" (bundled), a folder in diffusers' layout, or `org/name[@revision]`.
 
     device "auto" is CUDA if there is one. dtype "auto" is float32 on a CPU; on CUDA float16 for CogVideoX-2B, which was
-    trained in it, and bfloat16 for all others. Raises ModelNotFound, or InvalidRequest for an impossible combination.
+    trained in it, and bfloat16 for all others. memory: "fast" keeps all weights on the device, "balanced", "low" and
+    "minimal" need less (videogen.runtime.memory.PLANS); "auto" is fast. kernel, quantize and compile are those of
+    `videogen.runtime.prepare`; without them the numbers are the plain model's. Raises ModelNotFound, or InvalidRequest
+    for an impossible combination.
     """
+    plan = choose_plan(memory)
     card = read_card(find_model(model, revision=revision, offline=offline))
-    if memory not in ("auto", "fast"):
-        raise InvalidRequest(
-            f"there is no memory plan {memory!r} yet.",
-            why="this version keeps the whole model on one device.",
-            hint='memory="auto", with vae.tiling and vae.slicing of the loaded pipeline to save memory in decoding.',
-            param="memory",
-        )
     where, kind = choose_device(device), choose_dtype(dtype, choose_device(device), card)
-    parts = load_folder(card.folder, device=where, dtype=kind)
-    assert parts.dit is not None
-    assert parts.vae is not None
-    assert parts.text_encoder is not None
-    return Pipeline(card, parts.dit.eval(), parts.vae.eval(), parts.text_encoder.eval())
+    # Mapped and not read, if a stage that begins casts what it needs.
+    parts = load_folder(card.folder) if plan.stages_in_turn else load_folder(card.folder, device=where, dtype=kind)
+    dit, vae, text_encoder = parts.dit, parts.vae, parts.text_encoder
+    assert dit is not None
+    assert vae is not None
+    assert text_encoder is not None
+    dtypes = {}
+    if plan.stages_in_turn:
+        dtypes = {x: kind for network in (dit, vae) for x in tensors(network) if x.is_floating_point()}
+        dtypes |= {x: text_dtype(name, kind) for name, x in text_encoder.named_parameters()}
+    stages = Stages(plan, where, dtypes)
+    prepare(dit.eval(), vae.eval(), stages, kernel=kernel, quantize=quantize, compile=compile)
+    pipe = Pipeline(card, dit, vae, text_encoder.eval(), stages)
+    pipe.lossy = {"quantize": quantize} if quantize else {}
+    pipe.lossy |= {"kernel": kernel} if kernel in LOSSY_KERNELS else {}
+    return pipe
 
 
 def generate(prompt: Any = None, *, model: str | Path = "tiny", **keywords: Any) -> Any:
@@ -78,10 +95,12 @@ def _kept(model: str) -> Pipeline:
 
 
 class Pipeline:
-    """A model's parts and the story of one clip: `generate`."""
+    """A model's parts and the story of one clip: `generate`. `stages`: which of them is on the device, and when."""
 
-    def __init__(self, card: Card, dit: DiT, vae: VAE, text_encoder: TextEncoder) -> None:
+    def __init__(self, card: Card, dit: DiT, vae: VAE, text_encoder: TextEncoder, stages: Stages | None = None) -> None:
         self.card, self.dit, self.vae, self.text_encoder = card, dit, vae, text_encoder
+        self.stages = stages or Stages(PLANS["fast"], next(dit.parameters()).device)
+        self.lossy: dict[str, str] = {}  # what was put into the model and changes its clips: part of their recipe
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -107,12 +126,23 @@ class Pipeline:
         return self.text_encoder.tokenizer
 
     @property
+    def plan(self) -> Plan:
+        return self.stages.plan
+
+    @property
     def device(self) -> torch.device:
-        return next(self.dit.parameters()).device
+        """Where is computed; between two clips the weights may lie elsewhere."""
+        return self.stages.device if self.plan.stages_in_turn else next(self.dit.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.dit.parameters()).dtype
+        """What is computed in; between two clips the weights may be as their files have them."""
+        weight = next(self.dit.parameters())
+        return self.stages.dtypes.get(weight, weight.dtype)
+
+    def at_work(self, network: DiT | VAE | TextEncoder) -> AbstractContextManager[None]:
+        """For the time of a `with`, this part is on the device. `generate` does it; you need it to call a part."""
+        return self.stages.at_work(network)
 
     @torch.no_grad()
     def generate(self, prompt: Any = None, **keywords: Any) -> Any:
@@ -123,6 +153,7 @@ class Pipeline:
         raises (`videogen.errors.Cancelled` is the clean way to stop).
         """
         request = Request(prompt, **keywords).checked(self.card)
+        self.step_cache(request)  # a model that has no curve says so now
         draw = Draws(request.seed, request.batch_size, self.dtype, self.device)
 
         text, negative = self.embed(request)
@@ -133,14 +164,16 @@ class Pipeline:
             start = self.noised_video(request, draw)
         else:
             start = draw(self.card.latent_shape(*_size(request)))
-        latents = self.denoise(request, start, text, negative, frames, draw)
+        with self.at_work(self.dit):
+            latents = self.denoise(request, start, text, negative, frames, draw)
 
         if request.output == "latent":
             return latents
         latents = latents[:, self.padding(request) :]
-        if request.output == "tensor":
-            return torch.stack([torch.cat(list(self.decode(one, request))) for one in latents])
-        videos = [self.to_video(request, item, one) for item, one in enumerate(latents)]
+        with self.at_work(self.vae):
+            if request.output == "tensor":
+                return torch.stack([torch.cat(list(self.decode(one, request))) for one in latents])
+            videos = [self.to_video(request, item, one) for item, one in enumerate(latents)]
         return videos if request.is_batch else videos[0]
 
     def embed(self, request: Request) -> tuple[Conditioning, Conditioning | None]:
@@ -153,10 +186,12 @@ class Pipeline:
             assert given is not None
             return Conditioning(text=given.to(self.device, self.dtype))
 
-        text, negative = embeddings(request.prompt, request.prompt_embeds), None
-        if _is_guided(request):
-            negative = embeddings(request.negative_prompt, request.negative_prompt_embeds)
-            _require_same_shape(text, negative)
+        given = [request.prompt_embeds, *([request.negative_prompt_embeds] if _is_guided(request) else [])]
+        with self.at_work(self.text_encoder) if any(embeds is None for embeds in given) else nullcontext():
+            text, negative = embeddings(request.prompt, request.prompt_embeds), None
+            if _is_guided(request):
+                negative = embeddings(request.negative_prompt, request.negative_prompt_embeds)
+                _require_same_shape(text, negative)
         _report(request, "text", 1, 1)
         return text, negative
 
@@ -166,7 +201,8 @@ class Pipeline:
         for index, image in request.images.items():
             images = [fit_image(one, *_size(request)[:2], request.fit) for one in _per_item(image, request.batch_size)]
             pixels = torch.from_numpy(np.stack(images)).to(self.device, self.dtype)
-            encoded[index] = frame_condition.encode_frames(self.vae, pixels, draw.generators)
+            with self.at_work(self.vae):
+                encoded[index] = frame_condition.encode_frames(self.vae, pixels, draw.generators)
         return encoded
 
     def condition(self, request: Request, frames: dict[int, Tensor]) -> Conditioning:
@@ -222,26 +258,54 @@ class Pipeline:
         if request.use_dynamic_cfg and _is_guided(request):
             scale = dynamic_cfg(scale, steps - first_step)
         uncond = None if negative is None else told(negative)
-        denoise = guided(self.dit, told(text), uncond, scale, dtype=self.dtype)
-
-        on_step = StepWatch(request, len(called))
-        if scheduler is not None:
-            x = diffusers_sampler(
-                denoise, x, steps, scheduler=scheduler, generator=draw.source, first_step=first_step, on_step=on_step
+        expect(self.dit, called, full.vectors)
+        with self.step_cache(request) as cache:
+            denoise = guided(
+                self.dit,
+                told(text),
+                uncond,
+                scale,
+                dtype=self.dtype,
+                in_two=self.plan.guidance_in_two,
+                down_to=last_time(called, float(request.guidance_until)),
+                announce=cache.announce if cache else None,
             )
-        else:
-            assert request.sampler is not None
-            x = SAMPLERS[request.sampler](
-                denoise,
-                x,
-                times,
-                schedule=self.schedule,
-                prediction=prediction_type(self.card.scheduler),
-                draw=draw.like,
-                on_step=on_step,
-            ).to(self.dtype)
+            on_step = StepWatch(request, len(called), cache)
+            if scheduler is not None:
+                x = diffusers_sampler(
+                    denoise,
+                    x,
+                    steps,
+                    scheduler=scheduler,
+                    generator=draw.source,
+                    first_step=first_step,
+                    on_step=on_step,
+                )
+            else:
+                assert request.sampler is not None
+                x = SAMPLERS[request.sampler](
+                    denoise,
+                    x,
+                    times,
+                    schedule=self.schedule,
+                    prediction=prediction_type(self.card.scheduler),
+                    draw=draw.like,
+                    on_step=on_step,
+                ).to(self.dtype)
         _require_finite(x, "latents")
         return x
+
+    @cached_property
+    def curve(self) -> Curve:
+        """What a step cache foretells by: measured on these weights, kept in their folder; yours may be set here."""
+        return load_curve(self.card.folder, **{"transformer_sha256": None, **self.card_hash()})
+
+    def step_cache(self, request: Request) -> AbstractContextManager[StepCache | None]:
+        """The transformer's block loop for one clip: a step cache if one is asked for, else as it is."""
+        if not request.step_cache:
+            return nullcontext()
+        noisy = request.sampler in ("dpm", "diffusers")  # or may be, as a scheduler of diffusers
+        return step_cache(self.dit, self.curve, float(request.step_cache), straight=not noisy)
 
     def noised_video(self, request: Request, draw: Draws) -> Latent:
         """The latents of `request.video`, noised to where `strength` of the steps remain."""
@@ -251,7 +315,8 @@ class Pipeline:
         pictures = _frames_of(request.video, num_frames)
         pixels = torch.from_numpy(np.stack([fit_image(p, height, width, request.fit) for p in pictures]))
         video = rearrange(pixels, "F c H W -> 1 c F H W").to(self.device, self.dtype)
-        latents = torch.cat([self.vae.encode(video, g) for g in draw.generators])
+        with self.at_work(self.vae):
+            latents = torch.cat([self.vae.encode(video, g) for g in draw.generators])
         latents = rearrange(latents, "b c f h w -> b f c h w")
         latents = torch.cat([latents[:, : self.padding(request)], latents], dim=1)
 
@@ -276,28 +341,28 @@ class Pipeline:
     ) -> Iterator[Float[Tensor, "_F 3 H W"]]:
         """The frames of one clip in [0, 1], a chunk at a time as they are decoded."""
         total, done, started = len(latents), 0, time.monotonic()
-        for chunk in self.vae.decode_chunks(rearrange(latents, "f c h w -> 1 c f h w")):
-            _require_finite(chunk, "frames")
-            yield rearrange(chunk[0] / 2 + 0.5, "c F H W -> F c H W").clamp(0, 1)
-            done = min(total, done + math.ceil(chunk.shape[2] / self.vae.config.temporal_compression_ratio))
-            if request is not None:
-                left = (time.monotonic() - started) / done * (total - done)
-                _report(request, "decode", done, total, eta=left)
+        with self.at_work(self.vae):
+            for chunk in self.vae.decode_chunks(rearrange(latents, "f c h w -> 1 c f h w")):
+                _require_finite(chunk, "frames")
+                done = min(total, done + math.ceil(chunk.shape[2] / self.vae.config.temporal_compression_ratio))
+                yield rearrange(chunk[0] / 2 + 0.5, "c F H W -> F c H W").clamp(0, 1)
+                del chunk  # or it would live on while the next one is made
+                if request is not None:
+                    left = (time.monotonic() - started) / done * (total - done)
+                    _report(request, "decode", done, total, eta=left)
 
     def to_video(self, request: Request, item: int, latents: Float[Tensor, "f c h w"]) -> Video:
         """Decode one clip into memory, or into its file as the frames come."""
         seed = request.seed[item] if isinstance(request.seed, list | tuple) else request.seed
         recipe = {"videogen": videogen.__version__, "model": self.card.name, "dtype": str(self.dtype).split(".")[-1]}
-        recipe |= self.card_hash() | request.recipe(item)
-        chunks = (
-            to_uint8(rearrange(chunk, "F c H W -> F H W c").float().cpu().numpy())
-            for chunk in self.decode(latents, request)
-        )
+        recipe |= self.card_hash() | self.lossy | request.recipe(item)
+        chunks = map(to_bytes, self.decode(latents, request))
         assert request.fps is not None
         if request.out is None:
             return Video(np.concatenate(list(chunks)), request.fps, seed, recipe)
         out = request.out[item] if isinstance(request.out, list | tuple) else request.out
-        return Video(write_video(out, chunks, request.fps, recipe=recipe), request.fps, seed, recipe)
+        write: Callable[..., Any] = out if callable(out) else partial(write_video, out)
+        return Video(write(chunks, request.fps, recipe=recipe), request.fps, seed, recipe)
 
     def card_hash(self) -> dict[str, str]:
         """The sha256 of the transformer's weights, where the model's `videogen.json` has it."""
@@ -312,14 +377,15 @@ class Pipeline:
             for name in ("name", "conditions", "height", "width", "num_frames", "fps", "num_inference_steps")
         } | {name: getattr(card, name) for name in ("guidance_scale", "sampler", "licence", "provenance")}
         kind = "CogVideoXImageToVideoPipeline" if "first_frame" in card.conditions else "CogVideoXPipeline"
-        return save_folder(
-            folder,
-            dit=self.dit,
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            scheduler_config=card.scheduler,
-            **{"model_index_class": kind, "extra": facts, **options},
-        )
+        with self.stages.on_host(self.dit, self.vae, self.text_encoder):
+            return save_folder(
+                folder,
+                dit=self.dit,
+                vae=self.vae,
+                text_encoder=self.text_encoder,
+                scheduler_config=card.scheduler,
+                **{"model_index_class": kind, "extra": facts, **options},
+            )
 
 
 class Draws:
@@ -351,14 +417,21 @@ class Draws:
 class StepWatch:
     """Called after each denoising step: reports it with the time left, and stops at the first NaN or Inf."""
 
-    def __init__(self, request: Request, steps: int) -> None:
-        self.request, self.steps, self.started = request, steps, time.monotonic()
+    def __init__(self, request: Request, steps: int, cache: StepCache | None = None) -> None:
+        self.request, self.steps, self.started, self.cache = request, steps, time.monotonic(), cache
 
     def __call__(self, step: int, latents: Tensor) -> None:
         if step % 10 == 0:
             _require_finite(latents, "latents")
         left = (time.monotonic() - self.started) / step * (self.steps - step)
-        _report(self.request, "denoise", step, self.steps, eta=left, latents=latents)
+        skipped = self.cache.skipped if self.cache else 0
+        _report(self.request, "denoise", step, self.steps, eta=left, latents=latents, skipped=skipped)
+
+
+def to_bytes(frames: Float[Tensor, "F 3 H W"]) -> UInt8[np.ndarray, "F H W 3"]:
+    """Frames in [0, 1] rounded to 0..255 where they were made, so that a quarter of float32's bytes crosses over."""
+    rounded = (frames.float() * 255).round().to(torch.uint8)
+    return rearrange(rounded, "F c H W -> F H W c").contiguous().cpu().numpy()
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -446,8 +519,15 @@ def _require_finite(x: Tensor, what: str) -> None:
 
 
 def _report(
-    request: Request, stage: str, step: int, steps: int, eta: float | None = None, latents: Tensor | None = None
+    request: Request,
+    stage: str,
+    step: int,
+    steps: int,
+    *,
+    eta: float | None = None,
+    latents: Tensor | None = None,
+    skipped: int = 0,
 ) -> None:
     watch: Callable[[Event], Any] | None = request.on_step
     if watch is not None:
-        watch(Event(stage, step, steps, eta, latents))
+        watch(Event(stage, step, steps, eta, latents, skipped))

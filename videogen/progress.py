@@ -10,13 +10,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a stage is done: `step` of `steps`, about `eta` seconds left; `latents` are those of now, or None."""
+    """One step of a stage is done: `step` of `steps`, about `eta` seconds left; `latents` are those of now, or None.
+
+    `skipped`: how many evaluations of the network a step cache has left out so far.
+    """
 
     stage: str
     step: int
     steps: int
     eta: float | int | None = None
     latents: Any = None
+    skipped: int = 0
 
 
 class Progress:
@@ -38,6 +42,7 @@ class Progress:
             text += f", {duration(event.eta)} left"
         elif event.step >= event.steps:
             text += f", {duration(time.monotonic() - self.started)}"
+            text += f", {event.skipped} evaluations left out" if event.skipped else ""
         if self.live:
             self.stream.write(f"\r\x1b[K{text}")
         elif (tenth := 10 * event.step // max(event.steps, 1)) > self.tenth:

@@ -20,7 +20,7 @@ from videogen.weights.card import Card
 from videogen.weights.models import models_with
 
 Number = int | float
-SAMPLERS = ("diffusers", "ddim", "dpm", "dpm-ode", "euler", "heun")
+SAMPLERS = ("diffusers", "ddim", "dpm", "dpm-ode", "euler", "heun", "lcm")
 FITS = ("crop", "pad", "stretch")
 OUTPUTS = ("video", "tensor", "latent")
 FILES = ("first_frame", "last_frame", "keyframes", "video")
@@ -56,7 +56,9 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: Number | None = None
     use_dynamic_cfg: bool = False
+    guidance_until: Number = 1.0
     sampler: str | None = None
+    step_cache: Number | None = None
     seed: Any = 0
     latents: Any = None
     on_step: Callable | None = None
@@ -259,6 +261,10 @@ class Request:
             raise _bad("strength", self.strength, "a number above 0, at most 1", "--strength 0.8")
         if not _is_real(self.last_frame_until) or not 0 <= self.last_frame_until <= 1:
             raise _bad("last_frame_until", self.last_frame_until, "a number from 0 to 1", "--last-frame-until 0.6")
+        if not _is_real(self.guidance_until) or not 0 <= self.guidance_until <= 1:
+            raise _bad("guidance_until", self.guidance_until, "a number from 0 to 1", "--guidance-until 0.5")
+        if self.step_cache is not None and (not _is_real(self.step_cache) or not 0 <= self.step_cache <= 1):
+            raise _bad("step_cache", self.step_cache, "a number from 0 to 1", "--step-cache 0.1")
         if not isinstance(self.use_dynamic_cfg, bool):
             raise _bad("use_dynamic_cfg", self.use_dynamic_cfg, "True or False", "--use-dynamic-cfg")
         for name, allowed in (("fit", FITS), ("sampler", SAMPLERS), ("output", OUTPUTS)):
@@ -366,7 +372,8 @@ class Request:
                 "two clips have one name.", why="each clip is a file.", hint="give each its own.", param="out"
             )
         for path in paths:
-            check_output(path)
+            if not callable(path):  # the command line's own way of writing
+                check_output(path)
 
 
 HELP = {
@@ -388,7 +395,9 @@ HELP = {
     "num_inference_steps": "denoising steps",
     "guidance_scale": "weight of the prompt; 1 is none",
     "use_dynamic_cfg": "vary the guidance over the steps, as CogVideoX's authors do",
+    "guidance_until": "evaluate the negative prompt for this first part of the steps only (0 to 1; lossy)",
     "sampler": f"one of {', '.join(SAMPLERS)}",
+    "step_cache": "leave out steps that can be foretold, within this error budget (0 is none, 0.1 is small; lossy)",
     "seed": "same seed, same clip; a list gives each prompt its own",
     "latents": "initial noise [b, f, c, h, w]",
     "on_step": "called with an event (stage, step, steps, eta, latents)",

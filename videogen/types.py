@@ -59,5 +59,7 @@ class Tokens:
 
     x: Float[Tensor, "b s d"]
     position: Int[Tensor, "s 3"] | Float[Tensor, "s 3"] | None  # (t, y, x); None without rotary positions
-    time: Float[Tensor, "b e"]  # embedded diffusion time, the row of the modulation table
+    time: (
+        Float[Tensor, "b e"] | Int[Tensor, " _b"]
+    )  # embedded diffusion time, or with cached modulation its row's index
     text_length: int  # tokens [:text_length] are text, the rest video

@@ -59,8 +59,8 @@ class Stub:
                 request.on_step(Event("denoise", step, 20, eta=20.0 - step))
         if self.fail:
             raise self.fail
-        pixels = np.full((frames, height, width, 3), 99, np.uint8)
-        return Video(pixels, request.fps or 8, seed=request.seed, settings=request.recipe())
+        chunks, recipe = iter([np.full((frames, height, width, 3), 99, np.uint8)]), request.recipe()
+        return Video(request.out(chunks, request.fps or 8, recipe=recipe), request.fps or 8, request.seed, recipe)
 
 
 @pytest.fixture
@@ -104,7 +104,10 @@ def test_a_clip_from_a_prompt(stub, model, capsys):
     assert read_video(path)[0].shape == (9, 32, 48, 3)
     assert read_recipe(path)["prompt"] == "A red circle!"
     assert "denoise 20/20" in err
-    assert stub.loaded == [{"model": model, "device": "auto", "dtype": "auto", "memory": "auto", "offline": False}]
+    assert stub.loaded == [
+        {"model": model, "offline": False, "quantize": None, "compile": False}
+        | dict.fromkeys(("device", "dtype", "memory", "kernel"), "auto")
+    ]
 
 
 def test_flags_are_the_keywords(stub, model, image, capsys):

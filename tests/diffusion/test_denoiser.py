@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
 
-from videogen.diffusion.denoiser import denoiser, dynamic_cfg, guided, stack, switched
+from videogen.diffusion.denoiser import denoiser, dynamic_cfg, guided, last_time, stack, switched
+from videogen.testing import TINY_DIT, tiny_batch, tiny_pipeline
 from videogen.types import Conditioning
 
 
@@ -56,6 +59,59 @@ def test_conditions_may_change_over_time():
     torch.testing.assert_close(denoise(X, 100.0), X + 1)
 
 
+def test_guidance_in_two_calls_gives_the_numbers_of_one():
+    dit = tiny_pipeline(dtype=torch.float64).dit
+    x, _, told = tiny_batch(TINY_DIT, dtype=torch.float64)
+    assert told.text is not None
+    other = told.replace(text=told.text.flip(1))
+    with torch.no_grad():
+        one, two = (guided(dit, told, other, 6.0, dtype=torch.float64, in_two=in_two) for in_two in (False, True))
+        torch.testing.assert_close(one(x, 500.0), two(x, 500.0), rtol=0, atol=1e-12)
+
+    model = Model()
+    guided(model, cond(1.0), cond(-2.0), 6.0, in_two=True)(X, 999.0)
+    assert [c.text[:, 0, 0].tolist() for _, _, c in model.calls] == [[-2, -2], [1, 1]]
+
+
+@pytest.mark.parametrize("in_two", [False, True])
+def test_guidance_that_ends_goes_on_in_the_last_direction(in_two):
+    model = Model()
+    changing = lambda t: cond(1.0 if t > 100 else 4.0)  # noqa: E731
+    denoise = guided(model, changing, cond(-2.0), 6.0, in_two=in_two, down_to=500.0)
+    torch.testing.assert_close(denoise(X, 500.0), X - 2 + 6 * 3)
+    before = len(model.calls)
+    torch.testing.assert_close(denoise(X, 400.0), X + 1 + 5 * 3)  # = X - 2 + 6 · 3, as long as nothing changes
+    torch.testing.assert_close(denoise(X, 100.0), X + 4 + 5 * 3)
+    assert [len(x) for x, _, _ in model.calls[before:]] == [2, 2]
+    never = guided(model, cond(1.0), cond(-2.0), 6.0, in_two=in_two, down_to=math.inf)
+    torch.testing.assert_close(never(X, 999.0), X + 1)
+
+
+def test_each_evaluation_is_announced_with_its_branches_in_the_order_of_the_rows():
+    heard = []
+
+    def announce(t, told):
+        heard.append((t, {name: c.text[0, 0, 0].item() for name, c in told.items()}))
+
+    both = {"down_to": 500.0, "announce": announce}
+    for denoise in (
+        guided(Model(), cond(1.0), cond(-2.0), 6.0, **both),
+        guided(Model(), cond(1.0), cond(-2.0), 6.0, in_two=True, **both),
+    ):
+        denoise(X, 500.0)
+        denoise(X, 499.0)
+    guided(Model(), cond(1.0), None, 6.0, announce=announce)(X, 500.0)
+    assert list(map(list, [told for _, told in heard[:1]])) == [["uncond", "cond"]]
+    assert heard == [
+        (500.0, {"uncond": -2, "cond": 1}),
+        (499.0, {"alone": 1}),
+        (500.0, {"uncond": -2}),
+        (500.0, {"cond": 1}),
+        (499.0, {"alone": 1}),
+        (500.0, {"alone": 1}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("until", "n", "count"),
     [(1.0, 50, 50), (0.0, 50, 0), (0.5, 50, 25), (0.5, 5, 3), (0.07, 100, 7), (0.3, 10, 3), (0.01, 10, 1)],
@@ -65,6 +121,8 @@ def test_switched_gives_the_first_for_that_share_of_the_steps(until, n, count):
     times = [float(1000 - i) for i in range(n)]
     at = switched(first, then, times=times, until=until)
     assert [at(t) is first for t in times] == [True] * count + [False] * (n - count)
+    assert [t >= last_time(times, until) for t in times] == [True] * count + [False] * (n - count)
+    assert (last_time(times, until) == -math.inf) == (until == 1), "never below the last step's time, or always"
 
 
 def test_stack_keeps_rows_and_shared_vectors():

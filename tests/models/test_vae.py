@@ -1,14 +1,17 @@
 """The VAE by itself: shapes, chunks, causality, gradients, memory."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from videogen.config import VAEConfig
+from videogen.models.causal import Memory
 from videogen.models.tiling import Tiling, tiled
-from videogen.models.vae import VAE, chunk_plan, latent_frames
+from videogen.models.vae import VAE, VAEOps, chunk_plan, group_affine, group_sums, latent_frames, set_ops
 from videogen.testing import TINY_VAE, randomize
 
 
@@ -199,6 +202,74 @@ def test_recomputing_runs_every_resnet_again():
     model.encoder.mid[0]._forward = lambda *a: calls.append(1) or original(model.encoder.mid[0], *a)
     model.encode(clip(1).requires_grad_()).sum().backward()
     assert len(calls) == 2
+
+
+# Doors
+
+
+@torch.no_grad()
+def test_all_work_goes_through_the_ops(vae: VAE):
+    """Every convolution of the VAE but the norms' own is called by a row, and an exchanged row is the one used."""
+    calls: list[str] = []
+    seen: set[nn.Module] = set()
+
+    def counted(name: str):
+        row = getattr(VAEOps(), name)
+
+        def call(x: torch.Tensor, *rest, **named):
+            calls.append(name)
+            seen.update(part for part in (*rest, *named.values()) if isinstance(part, nn.modules.conv._ConvNd))
+            return row(x, *rest, **named)
+
+        return call
+
+    latents = vae.encode(clip(9))
+    pixels = vae.decode(latents)
+    set_ops(vae, VAEOps(**{name: counted(name) for name in vars(VAEOps())}))
+    try:
+        assert torch.equal(vae.encode(clip(9)), latents)
+        assert torch.equal(vae.decode(latents), pixels)
+        assert set(calls) == set(vars(VAEOps()))
+        convs = {n: m for n, m in vae.named_modules() if isinstance(m, nn.modules.conv._ConvNd)}
+        assert {n.rsplit(".", 1)[1] for n, m in convs.items() if m not in seen} == {"scale", "shift"}
+        set_ops(vae, replace(VAEOps(), norm_silu_conv=lambda x, norm, conv, *_, **__: conv(x, Memory())))
+        assert not torch.allclose(vae.decode(latents), pixels, rtol=0.01)
+    finally:
+        set_ops(vae, VAEOps())
+    assert torch.equal(vae.decode(latents), pixels)
+
+
+@torch.no_grad()
+def test_sums_of_parts_give_the_norm_of_the_whole():
+    """In strips of the picture, as they lie on several processes."""
+    torch.manual_seed(0)
+    x, norm = 3 + torch.randn(2, 6, 3, 7, 5, dtype=torch.float64), nn.GroupNorm(3, 6, eps=1e-3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    sums = sum(group_sums(part, 3) for part in x.split([1, 4, 2], dim=3))
+    scale, shift = (value[:, :, None, None, None] for value in group_affine(norm, sums, 2 * 3 * 7 * 5))
+    torch.testing.assert_close(x * scale + shift, norm(x), rtol=1e-12, atol=1e-12)
+    half = group_sums(x.bfloat16(), 3)
+    assert half.dtype == torch.float64
+    torch.testing.assert_close(half, group_sums(x.bfloat16().double(), 3), rtol=1e-6, atol=0)
+
+
+@torch.no_grad()
+def test_a_clip_goes_through_with_the_memory_asked_for(vae: VAE):
+    """One of another kind is used for all chunks: frames that it takes away are missed."""
+
+    class Forgetful(Memory):
+        def take(self, module: nn.Module) -> torch.Tensor | None:
+            return super().take(module) if module is not vae.decoder.conv_in else None
+
+    whole = vae.decode(latent(5))
+    vae.new_memory = Forgetful
+    try:
+        other = vae.decode(latent(5))
+    finally:
+        vae.new_memory = Memory
+    assert torch.equal(other[:, :, :9], whole[:, :, :9])
+    assert not torch.allclose(other[:, :, 9:], whole[:, :, 9:])
 
 
 # Slices and tiles

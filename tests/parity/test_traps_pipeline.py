@@ -124,7 +124,7 @@ def test_trap_17_the_pipeline_guides_in_float32(monkeypatch: pytest.MonkeyPatch)
     _, latents = run_theirs(pipeline, TEXT)
     assert difference(run_ours(pipeline, TEXT)[1], latents) < 1e-12
 
-    def in_float64(model, cond: Conditioning, uncond: Conditioning, scale: float, *, dtype: torch.dtype):
+    def in_float64(model, cond: Conditioning, uncond: Conditioning, scale: float, *, dtype: torch.dtype, **_):
         def denoise(x: torch.Tensor, t: float) -> torch.Tensor:
             time = torch.full((len(x),), t)
             without, with_ = model(x, time, uncond), model(x, time, cond)

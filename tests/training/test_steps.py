@@ -156,7 +156,7 @@ def test_latents_are_encoded_once_and_addressed_by_their_vae(tmp_path, monkeypat
     assert cached_latents(dataclasses.replace(config, clips=1), other, tmp_path, CPU) != folder
 
     # A frame's own latent is that of a clip of one frame, which is how the pipeline encodes a condition.
-    clip = latent_cache.clip(3, seed=0, height=32, width=32, checkered=config.checkered)[1]
+    clip = latent_cache.clip(3, seed=0, height=32, width=32, **vars(config.world))[1]
     still = torch.from_numpy(clip[8]).permute(2, 0, 1)[None, :, None] * 2 - 1
     with torch.no_grad():
         expected = vae.encode(still)[0, :, 0]

@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-            known: VideogenError = OutOfMemory("out of memory.", why=_line(error), hint="a smaller --size or --frames.")
+            known: VideogenError = OutOfMemory(
+                "out of memory.", why=_line(error), hint="--memory low, or a smaller --size or --frames."
+            )
         elif isinstance(error, OSError):
             known = FileError(f"{_line(error)}.", why="reading or writing failed.", hint="check the disk and the path.")
         else:

@@ -8,12 +8,14 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from videogen.config import read_yaml
 from videogen.data.files import FORMATS, check_output
+from videogen.distributed import launched, one_voice
 from videogen.errors import InvalidRequest
 from videogen.progress import Progress, duration
 from videogen.request import HELP, Request
@@ -33,7 +35,9 @@ TYPES: dict[str, Any] = {
     "num_inference_steps": int,
     "guidance_scale": float,
     "use_dynamic_cfg": bool,
+    "guidance_until": float,
     "sampler": str,
+    "step_cache": float,
     "seed": int,
 }
 IMAGES = ("first_frame", "last_frame", "keyframes")
@@ -89,7 +93,14 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
     add("--model", default="tiny", help="tiny (bundled), a folder, or org/name[@revision]")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
-    add("--memory", default="auto", help="auto, or a plan that trades speed for memory")
+    add(
+        "--memory",
+        default="auto",
+        help="auto, fast, balanced, low or minimal: each needs less than the one before",
+    )
+    add("--kernel", default="auto", help="attention: auto, or a name (docs/dit_speed.md); int8 is lossy")
+    add("--quantize", metavar="FORMAT", help="linear maps in 8 bits: fp8 or int8 (lossy)")
+    add("--compile", action="store_true", help="torch.compile for the transformer's blocks")
     add("--offline", action="store_true", help="never use the network")
     add("--out", metavar="PATH|DIR", help=f"a file ({', '.join(FORMATS)}) or a folder (default outputs/)")
     add("--overwrite", action="store_true", help="replace an existing file")
@@ -100,8 +111,10 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
     add("--config", nargs="+", metavar="FILE", help="YAML file with these settings, then key=value...; flags win")
 
 
+@one_voice()
 def run(args: argparse.Namespace) -> None:
     """Check all requests and outputs, then load the model once and make the clips in turn."""
+    rank, processes = launched()
     images = getattr(args, "first_frame", None), getattr(args, "last_frame", None), getattr(args, "keyframes", None)
     if args.command in ("image-to-video", "i2v") and not any(images):
         raise InvalidRequest(
@@ -125,28 +138,55 @@ def run(args: argparse.Namespace) -> None:
     requests = [Request(prompt, **_keywords(args)).checked(card) for prompt in prompts]
     paths = _outputs(args, prompts)
 
-    say = (lambda text: None) if args.quiet else (lambda text: print(text, file=sys.stderr))
+    quiet = args.quiet or rank > 0
+    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr))
     say(f"loading {card.name}")
     import videogen
 
-    pipe = videogen.load(args.model, device=args.device, dtype=args.dtype, memory=args.memory, offline=args.offline)
+    mesh = None
+    if processes > 1:
+        from videogen.distributed.mesh import make_mesh, start
+
+        start(args.device)
+        is_guided = any((request.guidance_scale or 0) > 1 for request in requests)
+        mesh = make_mesh(card.dit.num_attention_heads, is_guided=is_guided)
+    names = ("device", "dtype", "memory", "kernel", "quantize", "compile", "offline")
+    pipe = videogen.load(args.model, **{name: getattr(args, name) for name in names})
+    if mesh is not None:
+        from videogen.distributed.parallel import parallel
+
+        pipe = parallel(pipe, mesh)
     for request, path in zip(requests, paths, strict=True):
         started = time.monotonic()
         frames, height, width = request.size
         steps, seed = request.num_inference_steps, request.seed
         say(f"{request.prompt!r}: {width}x{height}, {frames} frames, {steps} steps, seed {seed}")
-        progress = None if args.quiet else Progress()
+        progress = None if quiet else Progress()
         try:
-            keywords = {f.name: getattr(request, f.name) for f in fields(Request)} | {"on_step": progress}
+            keywords = {f.name: getattr(request, f.name) for f in fields(Request)}
+            keywords |= {"on_step": progress, "out": None if rank else _writer(path, args)}
             video = pipe.generate(keywords.pop("prompt"), **keywords)
         finally:
             if progress:
                 progress.close()
-        written = video.save(path, overwrite=args.overwrite, crf=args.crf, metadata=not args.no_metadata)
+        if rank:
+            continue
         seconds = time.monotonic() - started
         say(f"done in {duration(seconds)}")
-        row = {"path": str(written), "seed": video.seed, "settings": video.settings, "seconds": round(seconds, 3)}
-        print(json.dumps(row) if args.json else written, flush=True)
+        row = {"path": str(video.path), "seed": video.seed, "settings": video.settings, "seconds": round(seconds, 3)}
+        print(json.dumps(row) if args.json else video.path, flush=True)
+
+
+def _writer(path: Path, args: argparse.Namespace) -> Callable[..., Path]:
+    """`write_video` as the flags want it: what `generate` puts its frames into as they are decoded."""
+
+    def write(chunks: Iterable[Any], fps: float | int, *, recipe: dict[str, Any]) -> Path:
+        from videogen.data.video import write_video
+
+        kept = None if args.no_metadata else recipe
+        return write_video(path, chunks, fps, recipe=kept, crf=args.crf, overwrite=args.overwrite)
+
+    return write
 
 
 def _keywords(args: argparse.Namespace) -> dict[str, Any]:
@@ -204,6 +244,13 @@ def slug(text: str, length: int = 40) -> str:
 def _prompts(given: list[str]):
     for prompt in given:
         if prompt == "-":
+            if launched()[1] > 1:
+                raise InvalidRequest(
+                    "several processes cannot read the same standard input.",
+                    why="each needs all prompts.",
+                    hint="@FILE with a prompt per line.",
+                    param="prompt",
+                )
             yield from filter(None, map(str.strip, sys.stdin))
         elif prompt.startswith("@"):
             try:

@@ -1,13 +1,15 @@
 """From a conditioned network to `denoise(x, t)`: guidance and changing conditions live here, samplers never see them.
 
 A denoiser maps a noisy latent [b, f, c, h, w] and a time to the network's raw output in float32. What it is told may be
-a `Conditioning` or a function of time that returns one, which is how a condition ends half way (`switched`).
+a `Conditioning` or a function of time that returns one, which is how a condition ends half way (`switched`). Whoever
+must know which branch of guidance an evaluation belongs to (a step cache) is told before each: `Announce`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,13 +19,16 @@ from videogen.types import Conditioning, Latent
 Denoiser = Callable[[Tensor, float], Tensor]  # (x [b, f, c, h, w], t) -> raw output [b, f, c, h, w], float32
 Model = Callable[[Tensor, Tensor, Conditioning], Tensor]  # (x, t [b], cond) -> raw output: the DiT, or a stand-in
 Given = Conditioning | Callable[[float], Conditioning]
+Announce = Callable[[float, dict[str, Conditioning]], None]  # t, and what each branch is told, in the order of the rows
 
 
-def denoiser(model: Model, cond: Given, *, dtype: torch.dtype | None = None) -> Denoiser:
+def denoiser(
+    model: Model, cond: Given, *, dtype: torch.dtype | None = None, announce: Announce | None = None
+) -> Denoiser:
     """The network with its conditioning filled in. `dtype`: what the network computes in; None: x as it comes."""
 
     def denoise(x: Latent, t: float) -> Latent:
-        return _call(model, x, t, _at(cond, t), dtype)
+        return _evaluate(model, x, t, {"alone": _at(cond, t)}, dtype, announce)
 
     return denoise
 
@@ -35,20 +40,36 @@ def guided(
     guidance_scale: float | Callable[[float], float],
     *,
     dtype: torch.dtype | None = None,
+    in_two: bool = False,
+    down_to: float = -math.inf,
+    announce: Announce | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (arXiv:2207.12598): uncond + scale · (cond - uncond), one call for both halves.
 
     A scale of 1 or less means none, and `uncond` is not evaluated; a scale that is a function of time always evaluates
     both. The halves are [uncond, cond] and the difference is taken in float32, both as in diffusers.
+
+    in_two    a call for each half: half the activations at once, the same numbers up to the order of sums in a kernel
+    down_to   below this time `uncond` is not evaluated any more, and the last difference stands for the coming ones
+    announce  is told the time and the branches before each evaluation
     """
     if uncond is None or (not callable(guidance_scale) and guidance_scale <= 1):
-        return denoiser(model, cond, dtype=dtype)
+        return denoiser(model, cond, dtype=dtype, announce=announce)
+    towards: Tensor | None = None  # cond - uncond as last evaluated; a denoiser is made for one clip
 
     def denoise(x: Latent, t: float) -> Latent:
-        both = stack(_at(uncond, t), _at(cond, t))
-        without, with_ = _call(model, torch.cat([x, x]), t, both, dtype).chunk(2)
+        nonlocal towards
         scale = guidance_scale(t) if callable(guidance_scale) else guidance_scale
-        return without + scale * (with_ - without)
+        if t < down_to:
+            output = _evaluate(model, x, t, {"alone": _at(cond, t)}, dtype, announce)
+            return output if towards is None else output + (scale - 1) * towards
+        without, with_ = {"uncond": _at(uncond, t)}, {"cond": _at(cond, t)}
+        if in_two:
+            halves = [_evaluate(model, x, t, half, dtype, announce) for half in (without, with_)]
+        else:
+            halves = _evaluate(model, torch.cat([x, x]), t, without | with_, dtype, announce).chunk(2)
+        towards = halves[1] - halves[0]
+        return halves[0] + scale * towards
 
     return denoise
 
@@ -74,11 +95,14 @@ def switched(
 
     The rule is one of time, not of a counter: a sampler that calls the network twice per step gets each time's own.
     """
-    count = math.ceil(until * len(times) - 1e-9)  # 0.07 · 100 is 7.000000000000001: that is no eighth step
-    if count <= 0:
-        return lambda t: then
-    last = times[min(count, len(times)) - 1]
+    last = last_time(times, until)
     return lambda t: first if t >= last else then
+
+
+def last_time(times: Sequence[float], until: float) -> float:
+    """The time of the last of the steps i < until · n: infinity if that is none, minus infinity if it is all."""
+    count = math.ceil(until * len(times) - 1e-9)  # 0.07 · 100 is 7.000000000000001: that is no eighth step
+    return math.inf if count <= 0 else -math.inf if count >= len(times) else times[count - 1]
 
 
 def stack(a: Conditioning, b: Conditioning) -> Conditioning:
@@ -112,6 +136,16 @@ def _at(cond: Given, t: float) -> Conditioning:
     return cond(t) if callable(cond) else cond
 
 
-def _call(model: Model, x: Latent, t: float, cond: Conditioning, dtype: torch.dtype | None) -> Latent:
+def _evaluate(
+    model: Model,
+    x: Latent,
+    t: float,
+    told: dict[str, Conditioning],
+    dtype: torch.dtype | None,
+    announce: Announce | None,
+) -> Latent:
+    if announce is not None:
+        announce(t, told)
     # float32 holds every time exactly as diffusers' integer or float32 time steps do
-    return model(x.to(dtype or x.dtype), torch.full((len(x),), t, device=x.device), cond).float()
+    times = torch.full((len(x),), t)  # on the host: what is known by time is looked up without waiting for the device
+    return model(x.to(dtype or x.dtype), times, reduce(stack, told.values())).float()

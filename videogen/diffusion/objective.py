@@ -20,7 +20,7 @@ from videogen.types import Latent
 
 def noised(x0: Latent, noise: Latent, t: Num[Tensor, "b"], schedule: Schedule) -> Latent:
     """x0 at time t, in x0's dtype."""
-    return add_noise(x0, noise, *_levels(t, schedule, x0.dtype))
+    return add_noise(x0, noise, *levels(t, schedule, x0.dtype))
 
 
 def loss(
@@ -31,17 +31,21 @@ def loss(
     *,
     schedule: Schedule,
     prediction: Prediction,
+    where: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "b"]:
     """Mean squared error per sample. `predict(x_t, t [b])` is the network with its conditioning filled in.
 
+    where  1 at the latents that count and 0 at the others, broadcast against x0; None: all count
+
     Give x0 and noise in float32 (the network may compute in less): the error is taken in their precision.
     """
-    wanted = target(x0, noise, *_levels(t, schedule, x0.dtype), prediction)
+    wanted = target(x0, noise, *levels(t, schedule, x0.dtype), prediction)
     error = predict(noised(x0, noise, t, schedule), t).to(x0.dtype) - wanted
-    return reduce(error**2, "b f c h w -> b", "mean")
+    square = error**2 if where is None else error**2 * (where / where.mean())
+    return reduce(square, "b f c h w -> b", "mean")
 
 
-def _levels(t: Tensor, schedule: Schedule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def levels(t: Tensor, schedule: Schedule, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) of each sample, shaped to multiply latents."""
     alpha, sigma = schedule.alpha(t).to(dtype), schedule.sigma(t).to(dtype)
     return rearrange(alpha, "b -> b 1 1 1 1"), rearrange(sigma, "b -> b 1 1 1 1")

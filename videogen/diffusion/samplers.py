@@ -7,7 +7,7 @@ of diffusers instead, step by step as diffusers' CogVideoX pipelines do: same dr
 
     x       [b, f, c, h, w]: noise at times[0], or a noised latent to start half way
     times   noisiest first, ends with the time to arrive at (`schedule.times(n)`, or a tail of it)
-    draw    gives N(0, 1) noise like the tensor it is shown; only `dpm` asks for any
+    draw    gives N(0, 1) noise like the tensor it is shown; only `dpm` and `lcm` ask for any
     on_step called with (finished steps, x) after each step; it may raise to stop
 """
 
@@ -162,7 +162,32 @@ def dpm_ode(
     return x
 
 
-SAMPLERS = {"ddim": ddim, "dpm": dpm, "dpm-ode": dpm_ode, "euler": euler, "heun": heun}
+@torch.no_grad()
+def lcm(
+    denoise: Denoiser,
+    x: Latent,
+    times: Sequence[float],
+    *,
+    schedule: Schedule,
+    prediction: Prediction,
+    draw: Draw,
+    on_step: OnStep | None = None,
+) -> Latent:
+    """For students of few steps: predict the clean latent, noise it anew to the next time (arXiv:2310.04378).
+
+    Nothing is kept of x, so an ordinary network needs many steps more with it than with `ddim`. One draw per step, none
+    onto the clean latent.
+    """
+    x = _wide(x)
+    for i, (t, t_next) in enumerate(pairwise(times), 1):
+        (alpha, sigma), (alpha_next, sigma_next) = _levels(schedule, t, t_next)
+        x0 = to_x0(denoise(x, t), x, alpha, sigma, prediction)
+        x = alpha_next * x0 + sigma_next * draw(x) if sigma_next > 0 else x0
+        _report(on_step, i, x)
+    return x
+
+
+SAMPLERS = {"ddim": ddim, "dpm": dpm, "dpm-ode": dpm_ode, "euler": euler, "heun": heun, "lcm": lcm}
 
 
 def _wide(x: Tensor) -> Tensor:

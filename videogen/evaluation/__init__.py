@@ -1,23 +1,31 @@
 """Numbers from videos: the world's score, PSNR and SSIM. See docs/evaluation.md."""
 
 from videogen.evaluation.evaluate import (
+    KINDS,
+    SPLITS,
+    caption_gaps,
     ceiling,
     evaluate,
     floor,
     held_out_prompts,
     markdown,
     reconstruction,
+    score_prompts,
     score_table,
+    swap,
     swap_attribute,
-    swap_rate,
 )
 from videogen.evaluation.metrics import psnr, ssim, wilson
-from videogen.evaluation.score import ATTRIBUTES, Measurement, attributes, measure, score_clip
+from videogen.evaluation.score import ATTRIBUTES, Measurement, Seen, attributes, measure, score_clip
 
 __all__ = [
     "ATTRIBUTES",
+    "KINDS",
+    "SPLITS",
     "Measurement",
+    "Seen",
     "attributes",
+    "caption_gaps",
     "ceiling",
     "evaluate",
     "floor",
@@ -27,9 +35,10 @@ __all__ = [
     "psnr",
     "reconstruction",
     "score_clip",
+    "score_prompts",
     "score_table",
     "ssim",
+    "swap",
     "swap_attribute",
-    "swap_rate",
     "wilson",
 ]

@@ -1,7 +1,8 @@
 """Joint attention over text and video tokens, and the small functions a block is made of.
 
 Two seams for speed, both plain PyTorch by default: `Attention.kernel`, the scaled dot product, and `Ops`, three pure
-functions that a fused kernel may replace. Whatever is put there must give the numbers of the plain row.
+functions that a fused kernel may replace. Whatever is put there must give the numbers of the plain row. It may write
+its result into `y` of `gate_add` and `x` of `norm_rotate`, which nobody else holds; the residual stream stays as it is.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def norm_modulate(
     weight: Float[Tensor, " d"] | None,
     bias: Float[Tensor, " d"] | None,
     eps: float,
-    shift: Float[Tensor, "2 b d"],
-    scale: Float[Tensor, "2 b d"],
+    shift: Float[Tensor, "2 #b d"],
+    scale: Float[Tensor, "2 #b d"],
     text_length: int,
 ) -> Float[Tensor, "b s d"]:
     """One LayerNorm for all tokens, then the scale and shift of the token's modality (row 0 video, row 1 text)."""
@@ -42,7 +43,7 @@ def norm_modulate(
 
 
 def gate_add(
-    x: Float[Tensor, "b s d"], y: Float[Tensor, "b s d"], gate: Float[Tensor, "2 b d"], text_length: int
+    x: Float[Tensor, "b s d"], y: Float[Tensor, "b s d"], gate: Float[Tensor, "2 #b d"], text_length: int
 ) -> Float[Tensor, "b s d"]:
     """x + gate · y with the gate of the token's modality (row 0 video, row 1 text)."""
     text = x[:, :text_length] + gate[1, :, None] * y[:, :text_length]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -14,18 +14,23 @@ class Memory:
     """The last frames each convolution saw: `past` is only read, `future` only written, swapped by `next_chunk`.
 
     Two dicts instead of one updated in place: activation checkpointing runs a chunk a second time in the backward pass,
-    and must then read what the chunk read the first time.
+    and must then read what the chunk read the first time. Everybody goes through `take` and `keep`, so that a subclass
+    can hold the frames elsewhere, or have them from another process.
     """
 
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     future: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def next_chunk(self) -> Memory:
-        return Memory(past=self.future)
+        return replace(self, past=self.future, future={})
 
     def take(self, module: nn.Module) -> Tensor | None:
         """What `module` kept of the chunk before, None in the first. Freed at once if no backward pass asks again."""
         return self.past.get(module) if torch.is_grad_enabled() else self.past.pop(module, None)
+
+    def keep(self, module: nn.Module, frames: Tensor) -> None:
+        """Hand `frames`, the caller's no more, to `module` in the next chunk."""
+        self.future[module] = frames
 
 
 class CausalConv3d(nn.Conv3d):
@@ -46,5 +51,5 @@ class CausalConv3d(nn.Conv3d):
             if before is None:
                 before = x[:, :, :1].expand(-1, -1, kept, -1, -1)
             x = torch.cat([before, x], dim=2)
-            memory.future[self] = x[:, :, -kept:].clone()  # a view would keep the whole chunk alive
+            memory.keep(self, x[:, :, -kept:].clone())  # a view would keep the whole chunk alive
         return super().forward(x)

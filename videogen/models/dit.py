@@ -6,9 +6,9 @@ treats both modalities with the same weights, except that each has its own rows 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,8 @@ class AdaptiveNorm(nn.Module):
         self.linear = nn.Linear(config.time_embed_dim, rows * config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps, config.norm_elementwise_affine)
 
-    def rows(self, time: Float[Tensor, "b e"]) -> Float[Tensor, "rows b d"]:
+    def rows(self, time: Tensor) -> Float[Tensor, "rows b d"]:
+        """`time` is the embedded time [b, e]; where rows were cached (from outside), the row's index [b] or [1]."""
         return rearrange(self.linear(F.silu(time)), "b (rows d) -> rows b d", rows=self.row_count)
 
 
@@ -110,16 +111,17 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b s d"],
-        time: Float[Tensor, "b e"],
+        time: Shaped[Tensor, "_b *e"],
         rotary: Float[Tensor, "2 n c"] | None,
         text_length: int,
     ) -> Float[Tensor, "b s d"]:
-        y, gate = self._modulate(self.norm1, x, time, text_length)
+        y, gate = self.modulate(self.norm1, x, time, text_length)
         x = self.ops.gate_add(x, self.attention(y, rotary, text_length, self.ops), gate, text_length)
-        y, gate = self._modulate(self.norm2, x, time, text_length)
+        y, gate = self.modulate(self.norm2, x, time, text_length)
         return self.ops.gate_add(x, self.mlp(y), gate, text_length)
 
-    def _modulate(self, ada: AdaptiveNorm, x: Tensor, time: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
+    def modulate(self, ada: AdaptiveNorm, x: Tensor, time: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
+        """The normed and modulated stream [b, s, d] and the gates [2, b, d] (or [2, 1, d]) for what it becomes."""
         # In the weights: shift, scale, gate of video, then shift, scale, gate of text.
         shift, scale, gate = rearrange(ada.rows(time), "(modality row) b d -> row modality b d", row=3)
         norm = ada.norm
@@ -165,9 +167,7 @@ class DiT(nn.Module):
         self, latents: Float[Tensor, "b f c h w"], t: Shaped[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b f out h w"]:
         """One evaluation. `t` is the timestep value (0 … 999), integer or float."""
-        tokens = self.embed(latents, t, cond)
-        tokens = self.run_blocks(tokens)
-        return self.unembed(tokens, latents)
+        return self.unembed(self.run_blocks(self.embed(latents, t, cond)), latents)
 
     def embed(self, latents: Float[Tensor, "b f c h w"], t: Shaped[Tensor, " b"], cond: Conditioning) -> Tokens:
         """Latents, text and scalars to the packed stream [text, video], with positions and the embedded time."""
@@ -181,24 +181,37 @@ class DiT(nn.Module):
         tokens = torch.cat([text, self.patch_embed(x)], dim=1)
         tokens = self.dropout(self._add_absolute(tokens, f, h, w, length))
 
-        position = None
-        if self.config.use_rotary_positional_embeddings:
-            video = rotary_positions(self.config, f, h, w, latents.device)
-            position = F.pad(video, (0, 0, length, 0))  # text sits at (0, 0, 0) and is not turned
-        return Tokens(x=tokens, position=position, time=self._embed_time(t, cond, latents.dtype), text_length=length)
+        position = self.positions(f, h, w, length, latents.device)
+        time = self.embed_time(t, cond, latents.device, latents.dtype)
+        return Tokens(x=tokens, position=position, time=time, text_length=length)
 
     def run_blocks(self, tokens: Tokens) -> Tokens:
         """The block loop, replaceable. What a block needs travels with the tokens: a part of them may run elsewhere."""
-        rotary = None
-        if tokens.position is not None:
-            rotary = rotary_table(tokens.position[tokens.text_length :].float(), self.config.attention_head_dim)
-        x = tokens.x
-        for block in self.blocks:
+        x, position, time, text_length = tokens.x, tokens.position, tokens.time, tokens.text_length
+        del tokens  # so that what was embedded is freed as soon as the first block is through with it
+        rotary = self.rotary(position, text_length)
+        for block in self.each_block():
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens.time, rotary, tokens.text_length, use_reentrant=False)
+                x = checkpoint(block, x, time, rotary, text_length, use_reentrant=False)
             else:
-                x = block(x, tokens.time, rotary, tokens.text_length)
-        return dataclasses.replace(tokens, x=x)
+                x = block(x, time, rotary, text_length)
+        return Tokens(x=x, position=position, time=time, text_length=text_length)
+
+    def each_block(self) -> Iterator[Block]:
+        """What `run_blocks` iterates over, replaceable: weights may arrive while the block before computes."""
+        yield from cast("Iterator[Block]", self.blocks)
+
+    def positions(self, f: int, h: int, w: int, text_length: int, device: torch.device) -> Float[Tensor, "s 3"] | None:
+        """(t, y, x) of every token; text sits at (0, 0, 0) and is not turned. None without rotary positions."""
+        if not self.config.use_rotary_positional_embeddings:
+            return None
+        return F.pad(rotary_positions(self.config, f, h, w, device), (0, 0, text_length, 0))
+
+    def rotary(self, position: Tensor | None, text_length: int) -> Float[Tensor, "2 n c"] | None:
+        """Cosines and sines of the video tokens among `position` [s, 3]."""
+        if position is None:
+            return None
+        return rotary_table(position[text_length:].float(), self.config.attention_head_dim)
 
     def unembed(self, tokens: Tokens, latents: Float[Tensor, "b f c h w"]) -> Float[Tensor, "b f out h w"]:
         """Video tokens back to the latent grid, which has the size of `latents`."""
@@ -211,9 +224,14 @@ class DiT(nn.Module):
             x, "b (f h w) (c pt ph pw) -> b (f pt) c (h ph) (w pw)", f=f // pt, h=h // p, w=w // p, pt=pt, ph=p, pw=p
         )
 
-    def _embed_time(self, t: Tensor, cond: Conditioning, dtype: torch.dtype) -> Float[Tensor, "b e"]:
+    def embed_time(
+        self, t: Shaped[Tensor, " b"], cond: Conditioning, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The embedded time [b, e] of the timesteps and of the scalars that join them. `t` may lie on the host."""
+
         def sinusoid(value: Tensor, dim: int) -> Tensor:
             flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
+            value = value.to(device, non_blocking=True)
             return time_sinusoid(value, dim, flip_sin_to_cos=flip, freq_shift=shift).to(dtype)
 
         time = self.time_embed(sinusoid(t, self.config.width))

@@ -2,12 +2,15 @@
 
 A clip goes through in chunks. GroupNorm runs over a chunk, so the chunk plan is part of the function and stands in the
 config; what a chunk must know of the one before travels in a `Memory`.
+
+The door for speed is `VAEOps`: the few functions that do all the work, plain PyTorch by default.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ class VAE(nn.Module):
 
     tiling                 a `Tiling` for pictures larger than a tile (not equal to the untiled result), or None
     slicing                one clip of the batch at a time, to save memory
+    new_memory             makes the `Memory` that a clip goes through with
     gradient_checkpointing recompute each resnet in the backward pass
     """
 
@@ -38,6 +42,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
         self.tiling: Tiling | None = None
         self.slicing = False
+        self.new_memory: Callable[[], Memory] = Memory
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -93,14 +98,14 @@ class VAE(nn.Module):
         return self.config.latent_channels, latent_frames(self.config, num_frames), height // space, width // space
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        memory, parts = Memory(), []
+        memory, parts = self.new_memory(), []
         for start, stop in chunk_plan(pixels.shape[2], self.config.frame_batch_size):
             parts.append(self.encoder(pixels[:, :, start:stop], memory))
             memory = memory.next_chunk()
         return torch.cat(parts, dim=2)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
-        memory = Memory()
+        memory = self.new_memory()
         for start, stop in chunk_plan(latents.shape[2], self.config.latent_batch_size):
             yield self.decoder(latents[:, :, start:stop], memory)
             memory = memory.next_chunk()
@@ -161,8 +166,68 @@ def latent_frames(config: VAEConfig, num_frames: int) -> int:
     return total
 
 
+def conv(x: Video5D, conv: CausalConv3d, memory: Memory) -> Video5D:
+    return conv(x, memory)
+
+
+def norm_silu_conv(
+    x: Video5D,
+    norm: GroupNorm | LatentNorm,
+    conv: CausalConv3d,
+    latents: Video5D | None,
+    memory: Memory,
+    residual: Video5D | None = None,
+) -> Video5D:
+    """What a resnet is made of: norm, SiLU, causal convolution, plus the residual if there is one."""
+    y = conv(F.silu(norm(x, latents)), memory)
+    return y if residual is None else residual + y
+
+
+def shortcut(x: Video5D, conv: nn.Conv3d | nn.Identity) -> Video5D:
+    """The way around a resnet: 1x1x1, where the width changes."""
+    return conv(x)
+
+
+def upsample(x: Video5D, conv: nn.Conv2d, double_time: bool) -> Video5D:
+    """A picture twice as large, and twice as many frames if `double_time`; then a convolution over each frame."""
+    frames, height, width = x.shape[2:]
+    if double_time:
+        frames = 2 * frames - frames % 2
+    return per_frame(conv, enlarge_to(x, (frames, 2 * height, 2 * width)))
+
+
+def downsample(x: Video5D, conv: nn.Conv2d, halve_time: bool) -> Video5D:
+    """A picture half as large, and half as many frames if `halve_time`."""
+    return per_frame(conv, F.pad(halve_frames(x) if halve_time else x, (0, 1, 0, 1)))
+
+
+@dataclass(frozen=True)
+class VAEOps:
+    """The row of functions a VAE computes with; `set_ops(vae, replace(VAEOps(), upsample=…))` swaps one.
+
+    Without gradients a row may write into `residual`, and `shortcut`, `upsample` and `downsample` into their `x`: no
+    caller reads those again.
+    """
+
+    conv: Callable[..., Tensor] = conv
+    norm_silu_conv: Callable[..., Tensor] = norm_silu_conv
+    shortcut: Callable[..., Tensor] = shortcut
+    upsample: Callable[..., Tensor] = upsample
+    downsample: Callable[..., Tensor] = downsample
+
+
+def set_ops(vae: VAE, ops: VAEOps) -> VAE:
+    """Let every part of `vae` compute with `ops`; `set_ops(vae, VAEOps())` makes it plain again."""
+    for module in vae.modules():
+        if isinstance(module, Encoder | Decoder | Resnet | DownStage | UpStage):
+            module.ops = ops
+    return vae
+
+
 class Encoder(nn.Module):
     """Pixels to mean and log variance, stacked on the channel axis."""
+
+    ops = VAEOps()
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -184,16 +249,18 @@ class Encoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: Video5D, memory: Memory) -> Video5D:
-        x = self.conv_in(x, memory)
+        x = self.ops.conv(x, self.conv_in, memory)
         for stage in self.down:
             x = stage(x, memory)
         for resnet in self.mid:
             x = resnet(x, None, memory)
-        return self.conv_out(F.silu(self.norm_out(x, None)), memory)
+        return self.ops.norm_silu_conv(x, self.norm_out, self.conv_out, None, memory)
 
 
 class Decoder(nn.Module):
     """Latents to pixels. Every norm is modulated by the raw latents, so that detail is told at each resolution anew."""
+
+    ops = VAEOps()
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -215,12 +282,12 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels, 3)
 
     def forward(self, latents: Video5D, memory: Memory) -> Video5D:
-        x = self.conv_in(latents, memory)
+        x = self.ops.conv(latents, self.conv_in, memory)
         for resnet in self.mid:
             x = resnet(x, latents, memory)
         for stage in self.up:
             x = stage(x, latents, memory)
-        return self.conv_out(F.silu(self.norm_out(x, latents)), memory)
+        return self.ops.norm_silu_conv(x, self.norm_out, self.conv_out, latents, memory)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -255,6 +322,7 @@ class Resnet(nn.Module):
     """norm, SiLU, causal conv, twice, plus the input."""
 
     gradient_checkpointing = False
+    ops = VAEOps()
 
     def __init__(self, config: VAEConfig, width_in: int, width_out: int, *, modulated: bool = False) -> None:
         super().__init__()
@@ -271,13 +339,15 @@ class Resnet(nn.Module):
         return self._forward(x, latents, memory)
 
     def _forward(self, x: Tensor, latents: Tensor | None, memory: Memory) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x, latents)), memory)
-        y = self.conv2(F.silu(self.norm2(y, latents)), memory)
-        return self.conv_shortcut(x) + y
+        y = self.ops.norm_silu_conv(x, self.norm1, self.conv1, latents, memory)
+        x = self.ops.shortcut(x, self.conv_shortcut)
+        return self.ops.norm_silu_conv(y, self.norm2, self.conv2, latents, memory, residual=x)
 
 
 class DownStage(nn.Module):
     """Some resnets, then a picture half as large, and half as many frames if `halve_time`."""
+
+    ops = VAEOps()
 
     def __init__(
         self, config: VAEConfig, *, width_in: int, width_out: int, halve_space: bool, halve_time: bool
@@ -292,15 +362,13 @@ class DownStage(nn.Module):
     def forward(self, x: Video5D, memory: Memory) -> Video5D:
         for resnet in self.resnets:
             x = resnet(x, None, memory)
-        if self.downsample is None:
-            return x
-        if self.halve_time:
-            x = halve_frames(x)
-        return per_frame(self.downsample, F.pad(x, (0, 1, 0, 1)))
+        return x if self.downsample is None else self.ops.downsample(x, self.downsample, self.halve_time)
 
 
 class UpStage(nn.Module):
     """Some resnets, then a picture twice as large, and twice as many frames if `double_time`."""
+
+    ops = VAEOps()
 
     def __init__(
         self, config: VAEConfig, *, width_in: int, width_out: int, double_space: bool, double_time: bool
@@ -316,12 +384,30 @@ class UpStage(nn.Module):
     def forward(self, x: Video5D, latents: Video5D, memory: Memory) -> Video5D:
         for resnet in self.resnets:
             x = resnet(x, latents, memory)
-        if self.upsample is None:
-            return x
-        frames, height, width = x.shape[2:]
-        if self.double_time:
-            frames = 2 * frames - frames % 2
-        return per_frame(self.upsample, enlarge_to(x, (frames, 2 * height, 2 * width)))
+        return x if self.upsample is None else self.ops.upsample(x, self.upsample, self.double_time)
+
+
+def group_sums(x: Video5D, groups: int) -> Float[Tensor, "b g 2"]:
+    """Sum and sum of squares of each group of channels: those of a picture's parts add up to the picture's.
+
+    In float64 from float32 values, so that the order of adding does not show.
+    """
+    values = rearrange(x, "b (g c) f h w -> b g f h w c", g=groups).to(torch.promote_types(x.dtype, torch.float32))
+    sums = [part.sum(dim=(2, 3, 4, 5), dtype=torch.float64) for part in (values, values.square())]
+    return torch.stack(sums, dim=-1)
+
+
+def group_affine(
+    norm: nn.GroupNorm, sums: Float[Tensor, "b g 2"], count: int
+) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c"]]:
+    """(scale, shift) such that x · scale + shift is `norm(x)`, from the sums over the `count` values of a group."""
+    mean, square = (sums / count).unbind(-1)
+    rate = torch.rsqrt((square - mean.square()).clamp(min=0) + norm.eps)
+    rate, mean = (value.repeat_interleave(norm.num_channels // norm.num_groups, dim=1) for value in (rate, mean))
+    scale = rate * norm.weight
+    shift = norm.bias - mean * scale
+    wide = torch.promote_types(norm.weight.dtype, torch.float32)
+    return scale.to(wide), shift.to(wide)
 
 
 def per_frame(conv: nn.Conv2d, x: Video5D) -> Video5D:

@@ -16,6 +16,7 @@ from videogen.models.dit import DiT, init_weights
 from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
 from videogen.models.vae import VAE
 from videogen.training.latents import LatentClips, cached_latents, encode_clips, read_latents
+from videogen.training.masking import draw_kept, masked, shown
 from videogen.training.step import TIMESTEPS, Batch, dit_loss, draw_known, world_batch, world_caption
 from videogen.training.trainer import Facts, fit, join_process_group
 
@@ -40,8 +41,14 @@ def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device)
         generator = torch.Generator().manual_seed((config.fit.seed * 1_000_003 + step) * 64 + rank)
         t = draw_times(config.batch_size, schedule, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
+        model, where = dit, None
+        if config.masking and step < (1 - config.masking.finish) * config.fit.steps:
+            f, _, h, w = batch.latents.shape[1:]
+            kept = draw_kept(config.model, config.masking, f, h, w, generator).to(device)
+            model = masked(dit, kept, config.masking.mixer_layers)
+            where = shown(kept, config.model, f, h, w)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.fit.bfloat16):
-            loss = dit_loss(dit, trainable(text), batch, t, noise, schedule=schedule).mean()
+            loss = dit_loss(model, trainable(text), batch, t, noise, schedule=schedule, where=where).mean()
         return loss, {"samples": config.batch_size}
 
     modules: dict[str, nn.Module] = {"dit": dit, "text_encoder": text}

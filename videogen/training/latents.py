@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from videogen.config import DiTTraining
+from videogen.config import ClipTraining
 from videogen.data.world import clip
 from videogen.models.vae import VAE
 from videogen.types import Latent
@@ -46,12 +46,12 @@ class LatentClips:
 
 
 def cached_latents(
-    config: DiTTraining, vae: VAE, folder: Path, device: torch.device, *, rank: int = 0, world: int = 1
+    config: ClipTraining, vae: VAE, folder: Path, device: torch.device, *, rank: int = 0, world: int = 1
 ) -> Path:
     """Encode this rank's share of the shards that `folder` lacks; the subfolder that holds them all."""
     facts = {
         "vae": hashlib.sha256(b"".join(v.numpy().tobytes() for v in vae.cpu().state_dict().values())).hexdigest(),
-        "clip": [config.fit.seed, config.num_frames, config.height, config.width, config.checkered],
+        "clip": [config.fit.seed, config.num_frames, config.height, config.width, vars(config.world)],
     }
     folder = folder / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,11 @@ def read_latents(folder: Path, clips: int) -> LatentClips:
 
 @torch.no_grad()
 def encode_clips(
-    config: DiTTraining, vae: VAE, indices: range, device: torch.device, *, held_out: bool = False
+    config: ClipTraining, vae: VAE, indices: range, device: torch.device, *, held_out: bool = False
 ) -> dict[str, Tensor]:
     """Moments in half precision, scaled, in diffusers' layout [n, f, c, h, w]."""
     kind = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-    videos = [clip(i, seed=config.fit.seed, held_out=held_out, checkered=config.checkered, **kind)[1] for i in indices]
+    videos = [clip(i, seed=config.fit.seed, held_out=held_out, **vars(config.world), **kind)[1] for i in indices]
     pixels = (torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) * 2 - 1).to(device)
     stills = rearrange(pixels[:, :, ::4], "b c f h w -> (b f) c 1 h w")
     with torch.autocast(device.type, torch.bfloat16, enabled=config.fit.bfloat16):

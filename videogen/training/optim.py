@@ -9,12 +9,12 @@ from torch.optim import Optimizer
 from videogen.config import FitConfig
 
 
-def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[Optimizer]:
+def build_optimizers(modules: dict[str, nn.Module], config: FitConfig, share: float = 1.0) -> list[Optimizer]:
     """AdamW for everything, or Muon (Jordan 2024; arXiv:2502.16982) for what is hidden and AdamW for the rest.
 
     Hidden are the matrices of the transformers' blocks and the VAE's convolutions that look around. Embeddings, norms,
     biases and the first and last layers always go to AdamW: Muon's orthogonal updates are meant for maps between hidden
-    layers. Every group remembers its peak rate under `peak_lr`.
+    layers. Every group remembers its peak rate under `peak_lr`: the config's, times `share`.
     """
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer {config.optimizer!r}: adamw or muon")
@@ -43,7 +43,7 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig) -> list[O
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = share * group["lr"]
     return optimizers
 
 

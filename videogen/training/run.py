@@ -8,18 +8,22 @@ from pathlib import Path
 
 import torch
 
-from videogen.config import DiTTraining, VAETraining, load_training
+from videogen.config import DistillTraining, DiTTraining, VAETraining, load_training
 from videogen.errors import ModelNotFound
+from videogen.training.distill import few_step_scheduler, train_student
 from videogen.training.dit import train_dit
 from videogen.training.trainer import join_process_group
 from videogen.training.vae import train_vae
+from videogen.weights.card import Card, find_model, read_card, read_json
 
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
     """Train what the file says and return the folder of the result. A run that was stopped goes on where it was."""
     config = load_training(config_path, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return train_vae_model(config, device) if isinstance(config, VAETraining) else train_dit_model(config, device)
+    if isinstance(config, VAETraining):
+        return train_vae_model(config, device)
+    return train_dit_model(config, device) if isinstance(config, DiTTraining) else distill_model(config, device)
 
 
 def train_vae_model(config: VAETraining, device: torch.device) -> Path:
@@ -57,6 +61,55 @@ def train_dit_model(config: DiTTraining, device: torch.device) -> Path:
             overwrite=True,
         )
     return folder / "model"
+
+
+def distill_model(config: DistillTraining, device: torch.device) -> Path:
+    """A model folder like the teacher's, with the student's transformer and the settings it was made for."""
+    from videogen.weights.diffusers import hashes, load_folder, save_folder
+
+    card = read_card(find_model(config.teacher))
+    parts = load_folder(card.folder)
+    assert parts.dit is not None
+    assert parts.vae is not None
+    assert parts.text_encoder is not None
+    dtype = next(parts.dit.parameters()).dtype
+    vae, folder = parts.vae.float(), Path(config.folder)
+    student = train_student(config, parts.dit, vae, parts.text_encoder.eval(), card, folder, device)
+    if join_process_group()[0] == 0:
+        again = load_folder(card.folder, components=("vae", "text_encoder"))  # byte for byte the teacher's
+        assert again.vae is not None
+        assert again.text_encoder is not None
+        save_folder(
+            folder / "model",
+            dit=student.to(dtype),
+            vae=again.vae,
+            text_encoder=again.text_encoder,
+            scheduler_config=few_step_scheduler(card.scheduler),
+            model_index_class=read_json(card.folder / "model_index.json")["_class_name"],
+            extra=student_facts(config, card, hashes(card.folder / "transformer")),
+            overwrite=True,
+        )
+    return folder / "model"
+
+
+def student_facts(config: DistillTraining, card: Card, teacher: dict[str, str]) -> dict:
+    """What `videogen.json` says of a student: its teacher's facts, but for how it samples and where it comes from."""
+    return {
+        "name": config.name,
+        "conditions": list(card.conditions),
+        "height": config.height,
+        "width": config.width,
+        "num_frames": config.num_frames,
+        "fps": card.fps,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": 1.0,
+        "sampler": "lcm",
+        "licence": card.licence,
+        "provenance": {
+            "teacher": {"name": card.name, "sha256": {f"transformer/{name}": sha for name, sha in teacher.items()}},
+            "distillation": dataclasses.asdict(config),
+        },
+    }
 
 
 def model_facts(config: DiTTraining) -> dict:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from videogen.conditioning import frames
 from videogen.conditioning.text import ABSENT
-from videogen.config import DiTTraining
+from videogen.config import ClipTraining
 from videogen.data.world import caption, draw_scene
 from videogen.diffusion import objective
+from videogen.diffusion.denoiser import Model
 from videogen.diffusion.prediction import Prediction
 from videogen.diffusion.schedule import Schedule
-from videogen.models.dit import DiT
 from videogen.training.latents import LatentClips
 from videogen.types import Conditioning, Latent
 
@@ -38,7 +38,7 @@ class Batch:
 
 
 def dit_loss(
-    dit: DiT,
+    dit: Model,
     embed: Callable[[list[str]], Float[Tensor, "b l e"]],
     batch: Batch,
     t: Num[Tensor, "b"],
@@ -46,15 +46,15 @@ def dit_loss(
     *,
     schedule: Schedule,
     prediction: Prediction = "v_prediction",
+    where: Float[Tensor, "..."] | None = None,
 ) -> Float[Tensor, "b"]:
-    """The loss of each sample. `embed` turns captions into text embeddings."""
+    """The loss of each sample, over the latents that count (`where`). `embed` turns captions into text embeddings."""
     cond = Conditioning(text=embed(batch.captions)) | frames.known_frames(batch.frame_latents, batch.known)
-    return objective.loss(
-        lambda x, t: dit(x, t, cond), batch.latents, noise, t, schedule=schedule, prediction=prediction
-    )
+    kind = {"schedule": schedule, "prediction": prediction}
+    return objective.loss(lambda x, t: dit(x, t, cond), batch.latents, noise, t, where=where, **kind)
 
 
-def world_batch(config: DiTTraining, clips: LatentClips, step: int, rank: int, world: int) -> Batch:
+def world_batch(config: ClipTraining, clips: LatentClips, step: int, rank: int, world: int) -> Batch:
     """The samples of one step, a function of (seed, step, rank): each clip once per epoch, captions drawn anew."""
     first = (step * world + rank) * config.batch_size
     positions = range(first, first + config.batch_size)
@@ -71,10 +71,10 @@ def world_batch(config: DiTTraining, clips: LatentClips, step: int, rank: int, w
     )
 
 
-def world_caption(config: DiTTraining, index: int, rng: np.random.Generator, held_out: bool = False) -> str:
+def world_caption(config: ClipTraining, index: int, rng: np.random.Generator, held_out: bool = False) -> str:
     """A fresh wording of what clip `index` of the world shows."""
     scene_rng = np.random.default_rng((config.fit.seed, index))
-    scene = draw_scene(scene_rng, held_out=held_out, checkered=config.checkered)
+    scene = draw_scene(scene_rng, held_out=held_out, **vars(config.world))
     return caption(scene, rng, dropout=0.25, synonyms=0.3)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +31,8 @@ def fit(
     folder: Path,
     *,
     validate: Callable[[dict[str, nn.Module]], dict[str, float]] | None = None,
+    shares: dict[str, float] | None = None,
+    averaged: Collection[str] | None = None,
 ) -> dict[str, nn.Module]:
     """Train `modules` (name -> module) for `config.steps` and return the moving averages of their weights.
 
@@ -38,23 +40,35 @@ def fit(
     newest state in `folder` as if nothing had happened. `folder/log.jsonl` gets a line every `log_every` steps,
     validated ones (on the averages) with every saved state. Under torchrun, gradients are averaged over the processes.
 
+    A module that a step's loss does not reach rests in that step: its weights, its optimiser's memory and its average
+    stay as they are. So roles can learn in turn, each at a rate of its own.
+
+    shares    module -> its share of the learning rates; 1 where it has none
+    averaged  the modules whose averages are kept and returned; None: all
+
     Raises NumericalError before a loss or gradient that is not finite reaches the weights.
     """
     rank, world = join_process_group()
-    averages = {name: ema_copy(module) for name, module in modules.items()}
-    optimizers = build_optimizers(modules, config)
+    averages = {name: ema_copy(modules[name]) for name in (modules if averaged is None else averaged)}
+    shares = {name: 1.0 for name in modules} | (shares or {})
+    optimizers = [
+        optimizer
+        for share in sorted({*shares.values()}, reverse=True)
+        for optimizer in build_optimizers({n: m for n, m in modules.items() if shares[n] == share}, config, share)
+    ]
     stored = {**modules, **{f"{name}_ema": average for name, average in averages.items()}}
-    run = {"fit": asdict(config), "world": world}
+    run = {"fit": asdict(config), "world": world} | ({"shares": shares} if {*shares.values()} != {1.0} else {})
 
     states = saved_states(folder)
     first, samples = load_state(states[-1], stored, optimizers, run) if states else (0, 0)
-    parameters = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     started = time.monotonic()
     log = (folder / "log.jsonl").open("a") if rank == 0 and folder.mkdir(parents=True, exist_ok=True) is None else None
 
     for step in range(first, config.steps):
         loss, facts = loss_at(step)
         loss.backward()
+        learning = {name for name, module in modules.items() if any(p.grad is not None for p in module.parameters())}
+        parameters = [p for name in sorted(learning) for p in modules[name].parameters() if p.requires_grad]
         average_gradients(parameters, world)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.gradient_clip))
         value = float(loss.detach())
@@ -65,8 +79,9 @@ def fit(
                 group["lr"] = group["peak_lr"] * rate_at(step, config)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        for name, module in modules.items():
-            ema_update(averages[name], module, config.ema_decay, step)
+        for name, average in averages.items():
+            if name in learning:
+                ema_update(average, modules[name], config.ema_decay, step)
 
         done = step + 1
         samples += int(facts.get("samples", 0)) * world

@@ -43,7 +43,7 @@ def train_vae(config: VAETraining, folder: Path, device: torch.device) -> VAE:
 def held_out_pixels(config: VAETraining, count: int) -> Tensor:
     """Whole clips of held-out scenes, [count, 3, F, H, W] in [-1, 1]."""
     kind = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
-    videos = [clip(i, seed=10**6, held_out=True, checkered=config.checkered, **kind)[1] for i in range(count)]
+    videos = [clip(i, seed=10**6, held_out=True, **vars(config.world), **kind)[1] for i in range(count)]
     return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) * 2 - 1
 
 

@@ -65,7 +65,7 @@ def world_pixels(config: VAETraining, step: int, rank: int, world: int) -> Float
             num_frames=config.num_frames,
             height=config.height,
             width=config.width,
-            checkered=config.checkered,
+            **vars(config.world),
         )
         t, y, x = (
             int(rng.integers(0, whole - part + 1))

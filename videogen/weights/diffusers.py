@@ -114,13 +114,17 @@ def load_text_encoder(
     state = read_tensors(files, expected, optional={TIED}, device=device, dtype=dtype)
     state[TIED] = state["shared.weight"]
     encoder.config.dtype = state["shared.weight"].dtype
-    # In float16 the second linear layer overflows: it stays float32, as transformers has it.
-    state = {n: t.float() if n.endswith(".wo.weight") and t.dtype == torch.float16 else t for n, t in state.items()}
+    state = {name: tensor.to(text_dtype(name, tensor.dtype)) for name, tensor in state.items()}
     encoder.load_state_dict(state, strict=True, assign=True)
     encoder.tie_weights()
     beside = folder.parent / "transformer" / "config.json"
     length = read_json(beside).get("max_text_seq_length", 226) if beside.is_file() else 226
     return TextEncoder(encoder.eval(), _load_tokenizer(folder), max_length or length)
+
+
+def text_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a weight of T5 is used in, as in transformers: the second linear layer overflows in float16, so float32."""
+    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
 
 
 def _load_tokenizer(text_encoder: Path) -> Any:

@@ -1,7 +1,9 @@
-"""A scene as a sentence: `a {size} {colour} {shape} {motion} on a {background} [checkered] background`.
+"""A scene as a sentence, which is also the vocabulary of the model's tokenizer:
 
-Every attribute has a first, canonical wording and synonyms. No word serves two attributes or two values, so a caption
-means the same in any word order. The grammar is also the vocabulary of the model's tokenizer.
+`a {size} {colour} {shape} {motion} [and a ...] on a {background} [checkered] background[, the camera ...][, {style}]`
+
+Every attribute has a first, canonical wording and synonyms. No word serves two attributes or two values of an object,
+so a caption of one object means the same in any word order; of two objects, the order says which has what.
 """
 
 from __future__ import annotations
@@ -30,8 +32,19 @@ MOTION_WORDS = {
 GROUND_WORDS = ("on a {} background", "against a {} backdrop", "over a {} ground", "in front of a {} background")
 CHECKERED_WORDS = ("checkered", "chequered", "checked")
 ANY_SHAPE = ("object", "shape", "thing")  # when the caption leaves the shape open
-# For two objects, the camera and styles: in the vocabulary from the start, so that a model trained now can learn them.
-LATER_WORDS = "and the camera pans zooms in out black white sepia tones as a pencil sketch style two ,"
+CAMERA_WORDS = {
+    "static": ("",),
+    "pans left": ("the camera pans left", "the camera pans leftwards"),
+    "pans right": ("the camera pans right", "the camera pans rightwards"),
+    "zooms in": ("the camera zooms in",),
+    "zooms out": ("the camera zooms out",),
+}
+STYLE_WORDS = {
+    "none": ("",),
+    "black and white": ("in black and white", "in black and white style"),
+    "sepia": ("in sepia tones", "in sepia style", "in sepia"),
+    "pencil sketch": ("as a pencil sketch", "in pencil sketch style", "as a sketch"),
+}
 
 
 def caption(
@@ -39,7 +52,8 @@ def caption(
 ) -> str:
     """The canonical caption, or with `rng` one from the grammar.
 
-    dropout   probability that the caption leaves attributes out ("the circle moves up", "a red cross", "moves up")
+    dropout   probability that the caption leaves attributes out ("the circle moves up", "a red cross", "moves up");
+              camera and style are always said: without a word of them, the camera rests and there is no style
     synonyms  probability that it is worded freely instead of canonically
     """
     free = rng is not None and rng.random() < synonyms
@@ -54,17 +68,21 @@ def caption(
     for thing in scene.objects:
         adjectives = [say(SIZE_WORDS[thing.size])] if "size" in keep else []
         adjectives += [thing.colour] if "colour" in keep else []
+        words = []
         if adjectives or "shape" in keep:
             noun = say(SHAPE_WORDS[thing.shape] if "shape" in keep else ANY_SHAPE)
             the = rng is not None and not adjectives and rng.random() < 0.5
-            words = " ".join([*adjectives, noun])
-            parts.append(f"the {words}" if the else with_article(words))
+            name = " ".join([*adjectives, noun])
+            words.append(f"the {name}" if the else with_article(name))
         if "motion" in keep:
-            parts.append(say(MOTION_WORDS[thing.motion]))
+            words.append(say(MOTION_WORDS[thing.motion]))
+        parts += [" ".join(words)] if words else []
+    sentence = " and ".join(parts)
     if "background" in keep:
         ground = f"{scene.background} {say(CHECKERED_WORDS)}" if scene.checkered else scene.background
-        parts.append(say(GROUND_WORDS).format(ground) if parts else f"a {ground} background")
-    return " ".join(parts)
+        sentence = f"{sentence} {say(GROUND_WORDS).format(ground)}" if parts else f"a {ground} background"
+    rest = say(CAMERA_WORDS[scene.camera]), say(STYLE_WORDS[scene.style])
+    return ", ".join(part for part in (sentence, *rest) if part)
 
 
 def with_article(words: str) -> str:
@@ -72,9 +90,10 @@ def with_article(words: str) -> str:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    phrases = [*COLOURS, *BACKGROUNDS, *ANY_SHAPE, *CHECKERED_WORDS, LATER_WORDS, "a an the"]
+    phrases = [*COLOURS, *BACKGROUNDS, *ANY_SHAPE, *CHECKERED_WORDS]
+    phrases += ["a an the and two ,"]  # "two" is in no caption yet, but in the bundled model's tokenizer
     phrases += [phrase.replace("{}", "") for phrase in GROUND_WORDS]
-    for table in (SIZE_WORDS, SHAPE_WORDS, MOTION_WORDS):
+    for table in (SIZE_WORDS, SHAPE_WORDS, MOTION_WORDS, CAMERA_WORDS, STYLE_WORDS):
         phrases += [phrase for wordings in table.values() for phrase in wordings]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 

@@ -6,7 +6,7 @@ Lengths are pixels of a 64×64 frame, time runs from 0 (first frame) to 1 (last 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,8 @@ SHAPES: dict[str, tuple[float, float]] = {
     "ring": (1.15, 1.15),
     "cross": (1.20, 1.20),
 }
+# How far a shape reaches from its centre, in radii.
+REACH: dict[str, float] = {"circle": 1.0, "bar": math.hypot(1.40, 0.56), "ring": 1.15, "cross": math.hypot(1.20, 0.40)}
 SIZES: dict[str, float] = {"small": 10.0, "large": 16.0}  # radius r
 MOTIONS = ("right", "left", "up", "down", "still", "grow", "shrink", "orbit")
 DIRECTIONS: dict[str, tuple[float, float]] = {
@@ -47,6 +49,11 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "pink": (250, 180, 200),
     "teal": (10, 95, 95),
 }
+CAMERAS = ("static", "pans left", "pans right", "zooms in", "zooms out")
+STYLES = ("none", "black and white", "sepia", "pencil sketch")
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: what the styles keep of a colour
+CHECKER = 0.35 * 0.45  # how far the second colour of a checkered ground is from the first, towards white or black
+APART = 2.0  # px, the least distance of two objects
 HELD_OUT_PAIRS = frozenset({("red", "ring"), ("blue", "cross"), ("yellow", "bar"), ("white", "circle")})
 
 
@@ -76,11 +83,24 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in drawing order on a ground."""
+    """Objects in drawing order on a ground, seen by a camera.
+
+    Motions are those in the picture: the camera moves the ground behind the objects. `travel` is how far: pixels of a
+    pan, factor of a zoom.
+    """
 
     background: str
     checkered: bool
     objects: tuple[Thing, ...]
+    camera: str = "static"
+    travel: float = 0.0
+    style: str = "none"
+
+
+def second_colour(first: np.ndarray) -> np.ndarray:
+    """The other colour of a checkered ground: lighter than a dark one, darker than a light one."""
+    target = 1.0 if first.mean() < 0.45 else 0.0
+    return first + np.float32(CHECKER) * (np.float32(target) - first)
 
 
 def is_held_out_pair(scene: Scene) -> bool:
@@ -97,19 +117,103 @@ def is_held_out(scene: Scene) -> bool:
     return is_held_out_pair(scene) or any(_held_out_triple(o.colour, o.shape, o.motion) for o in scene.objects)
 
 
-def draw_scene(rng: np.random.Generator, *, held_out: bool | None = False, checkered: float = 0.1) -> Scene:
-    """A random scene with one object.
+def draw_scene(
+    rng: np.random.Generator,
+    *,
+    held_out: bool | None = False,
+    checkered: float = 0.1,
+    two: float = 0.0,
+    camera: float = 0.0,
+    style: float = 0.0,
+) -> Scene:
+    """A random scene: one object, a ground, a camera at rest and no style, unless a probability says otherwise.
 
     held_out   False: training split; True: held-out triples (without the held-out pairs); None: anything
     checkered  probability of a checkered ground
+    two        probability of two objects, of different colours and never nearer than `APART`
+    camera     probability that the camera moves, on a checkered ground (on a plain one nobody would see it)
+    style      probability of a style; its ground is one on which the objects can be seen without colour
     """
+    things = _draw_two(rng, held_out) if two and rng.random() < two else (_draw_one(rng, held_out),)
+    scene = Scene(_choice(rng, BACKGROUNDS), bool(rng.random() < checkered), things)
+    if camera and scene.checkered and rng.random() < camera:
+        scene = _move_camera(rng, scene)
+    return _draw_style(rng, scene) if style and rng.random() < style else scene
+
+
+def _draw_names(rng: np.random.Generator, held_out: bool | None) -> tuple[str, str, str, str]:
+    """Colour, shape, size and motion of an object."""
     while True:
         colour, shape, motion = (_choice(rng, names) for names in (COLOURS, SHAPES, MOTIONS))
         pair, triple = (colour, shape) in HELD_OUT_PAIRS, _held_out_triple(colour, shape, motion)
         if held_out is None or (triple and not pair if held_out else not (triple or pair)):
-            break
-    thing = _draw_thing(rng, colour, shape, _choice(rng, SIZES), motion)
-    return Scene(_choice(rng, BACKGROUNDS), bool(rng.random() < checkered), (thing,))
+            return colour, shape, _choice(rng, SIZES), motion
+
+
+def _draw_one(rng: np.random.Generator, held_out: bool | None) -> Thing:
+    return _draw_thing(rng, *_draw_names(rng, held_out))
+
+
+def _draw_two(rng: np.random.Generator, held_out: bool | None, tries: int = 10) -> tuple[Thing, Thing]:
+    """Two objects that never meet: some geometries of each are tried with each other, then with the first one small,
+    with both small, then other attributes. Two large rings do not fit beside each other: large is rarer here."""
+    while True:
+        first, second = _draw_names(rng, held_out), _draw_names(rng, held_out)
+        if first[0] == second[0]:
+            continue
+        for sizes in dict.fromkeys([(first[2], second[2]), ("small", second[2]), ("small", "small")]):
+            ones, others = (
+                [_draw_thing(rng, colour, shape, size, motion) for _ in range(tries)]
+                for (colour, shape, _, motion), size in zip((first, second), sizes, strict=True)
+            )
+            i, j = np.nonzero(clearance(ones, others) >= APART)
+            if len(i):
+                return ones[i[0]], others[j[0]]
+
+
+def clearance(ones: list[Thing], others: list[Thing]) -> np.ndarray:
+    """The least distance (px) over the clip between each of `ones` and each of `others`, never overstated at the times
+    it looks at: two objects are at least as far apart as their bounding boxes, and as their bounding circles."""
+    t = np.linspace(0, 1, 65)
+
+    def extent(things: list[Thing]) -> tuple[np.ndarray, ...]:
+        x, y, radius = (np.stack(v) for v in zip(*(thing.at(t) for thing in things), strict=True))
+        half = np.array([SHAPES[thing.shape] for thing in things])
+        reach = np.array([REACH[thing.shape] for thing in things])
+        return x, y, half[:, :1] * radius, half[:, 1:] * radius, reach[:, None] * radius
+
+    x, y, width, height, reach = (
+        a[:, None] + sign * b for a, b, sign in zip(extent(ones), extent(others), (-1, -1, 1, 1, 1), strict=True)
+    )
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x - width, y - height), np.hypot(x, y) - reach).min(-1)
+
+
+def _move_camera(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A camera that moves. It never pans against an object that moves left or right, it goes along: so "left" and
+    "right" of a caption with one object cannot be dealt out in two ways."""
+    against = {"left": "pans right", "right": "pans left"}
+    moves = [c for c in CAMERAS[1:] if c not in {against.get(o.motion) for o in scene.objects}]
+    camera = _choice(rng, moves)
+    travel = rng.uniform(12, 28) if camera.startswith("pans") else rng.uniform(1.5, 2.0)
+    return replace(scene, camera=camera, travel=float(travel))
+
+
+def _draw_style(rng: np.random.Generator, scene: Scene) -> Scene:
+    """A style, and a ground from which all objects stand out in luma. White ones look the same in black and white."""
+    styles = STYLES[2:] if any(o.colour == "white" for o in scene.objects) else STYLES[1:]
+    scene = replace(scene, style=_choice(rng, styles))
+    while not stands_out(scene):
+        scene = replace(scene, background=_choice(rng, BACKGROUNDS))
+    return scene
+
+
+def stands_out(scene: Scene, least: float = 0.1) -> bool:
+    """Can every object be told from the ground, when only luma is left? Blue on black can, the darkest pair here."""
+    first = np.array(BACKGROUNDS[scene.background]) / 255
+    grounds = [first, second_colour(first)] if scene.checkered else [first]
+    objects = [np.array(COLOURS[o.colour]) / 255 for o in scene.objects]
+    return all(abs((o - g) @ LUMA) >= least for o in objects for g in grounds)
 
 
 def _draw_thing(rng: np.random.Generator, colour: str, shape: str, size: str, motion: str) -> Thing:

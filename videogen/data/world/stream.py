@@ -8,6 +8,9 @@ from videogen.data.world.caption import caption
 from videogen.data.world.render import render
 from videogen.data.world.scene import Scene, draw_scene
 
+# How often the whole world shows what (`draw_scene`): a moving camera in half of the checkered scenes.
+WHOLE_WORLD = {"checkered": 0.2, "two": 0.2, "camera": 0.5, "style": 0.1}
+
 
 def clip(
     index: int,
@@ -17,12 +20,15 @@ def clip(
     height: int = 64,
     width: int = 64,
     held_out: bool | None = False,
-    checkered: float = 0.1,
     dropout: float = 0.25,
     synonyms: float = 0.3,
+    **shares: float,
 ) -> tuple[Scene, np.ndarray, str]:
-    """Sample `index` of the stream: the scene, its frames [F, H, W, 3] in [0, 1], and a caption."""
+    """Sample `index` of the stream: the scene, its frames [F, H, W, 3] in [0, 1], and a caption.
+
+    `shares` go to `draw_scene`: without any, one object; with `**WHOLE_WORLD`, everything that there is.
+    """
     rng = np.random.default_rng((seed, index))
-    scene = draw_scene(rng, held_out=held_out, checkered=checkered)
+    scene = draw_scene(rng, held_out=held_out, **shares)
     words = caption(scene, rng, dropout=dropout, synonyms=synonyms)
     return scene, render(scene, num_frames, height, width), words

@@ -1,0 +1,1 @@
+"""The parts of `scripts/benchmark.py`: how it measures, what a machine could do, what is compared, what is written."""
