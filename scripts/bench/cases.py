@@ -286,13 +286,14 @@ def clip(shape: Shape, weights: Weights, compiled: str | None) -> Case:
 def our_pipeline(shape: Shape, weights: Weights, *, fast: bool, dtype: torch.dtype | None = None) -> Any:
     from videogen.pipeline import Pipeline
     from videogen.runtime.memory import PLANS
+    from videogen.runtime.offload import Stages
     from videogen.runtime.prepare import prepare
 
     model, vae, text_encoder = weights.dit(dtype), weights.vae(dtype), weights.text_encoder
     if dtype is not None:
         text_encoder = copy.deepcopy(text_encoder).to(dtype)
     if fast:
-        prepare(model, vae, PLANS["fast"])  # as `videogen.load` does
+        prepare(model, vae, Stages(PLANS["fast"], next(model.parameters()).device))  # as `videogen.load` does
     return Pipeline(card(shape), model, vae, text_encoder)
 
 
