@@ -40,6 +40,8 @@ from videogen.types import Conditioning, Latent
 from videogen.weights.card import Card, find_model, read_card
 from videogen.weights.diffusers import load_folder, save_folder, text_dtype
 
+SMALL = 1024  # the width of a DiT below which, on a CPU, the call of a fused operation costs more than it saves
+
 
 def load(
     model: str | Path = "tiny",
@@ -75,7 +77,8 @@ def load(
         dtypes = {x: kind for network in (dit, vae) for x in tensors(network) if x.is_floating_point()}
         dtypes |= {x: text_dtype(name, kind) for name, x in text_encoder.named_parameters()}
     stages = Stages(plan, where, dtypes)
-    prepare(dit.eval(), vae.eval(), stages, kernel=kernel, quantize=quantize, compile=compile)
+    rows = where.type != "cpu" or card.dit.width >= SMALL
+    prepare(dit.eval(), vae.eval(), stages, rows=rows, kernel=kernel, quantize=quantize, compile=compile)
     pipe = Pipeline(card, dit, vae, text_encoder.eval(), stages)
     pipe.lossy = {"quantize": quantize} if quantize else {}
     pipe.lossy |= {"kernel": kernel} if kernel in LOSSY_KERNELS else {}

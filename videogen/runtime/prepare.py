@@ -22,6 +22,7 @@ def prepare(
     vae: VAE,
     stages: Stages,
     *,
+    rows: bool = True,
     kernel: str = "auto",
     quantize: str | None = None,
     compile: bool = False,
@@ -29,6 +30,7 @@ def prepare(
     """Make both networks fast for inference, in place. Gradients still take the plain way.
 
     stages    the device and memory plan they will work with
+    rows      the fast rows of both; without them a small network is faster on a CPU (docs/benchmarks), and larger
     kernel    a row of `runtime.kernels`, or the lossy "int8" (`runtime.attention8`)
     quantize  None, or the linear maps of the blocks in "fp8" or "int8" (lossy, `runtime.quantize`)
     compile   `torch.compile` for the blocks, when they are first called
@@ -38,8 +40,9 @@ def prepare(
     """
     unprepare(dit, vae)
     plan = stages.plan
-    fast_vae(vae, strips=plan.vae_strips, caches_on_host=plan.caches_on_host)
-    fast_dit(dit)
+    if rows:
+        fast_vae(vae, strips=plan.vae_strips, caches_on_host=plan.caches_on_host)
+        fast_dit(dit)
     with stages.at_work(dit.patch_embed):  # a kernel is tried where its first weight is: on the device
         if quantize is not None:
             quantize_maps(dit, quantize)
