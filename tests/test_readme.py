@@ -199,5 +199,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_index_of_docs_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([\w/.-]+\.md)\)", index))
-    pages = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    written = [page for page in (ROOT / "docs").rglob("*.md") if not page.with_suffix(".json").exists()]  # not measured
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in written}
     assert pages - {"README.md"} <= named
