@@ -17,23 +17,13 @@ from videogen.config import DiTConfig, VAEConfig, to_dict
 from videogen.models.dit import DiT
 from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
+from videogen.testing import SCHEDULER
 from videogen.types import Conditioning
 from videogen.weights.card import Card
 from videogen.weights.table import DIT_RULES, VAE_RULES, to_theirs
 
 FIVE = DiTConfig(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True)
-DPM: dict[str, Any] = {
-    "_class_name": "CogVideoXDPMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
-    "set_alpha_to_one": True,
-    "snr_shift_scale": 1.0,
-    "timestep_spacing": "trailing",
-}
+DPM: dict[str, Any] = SCHEDULER | {"_class_name": "CogVideoXDPMScheduler"}
 
 
 @dataclass(frozen=True)

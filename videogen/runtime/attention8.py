@@ -20,6 +20,7 @@ from torch import Tensor
 from videogen.errors import InvalidRequest
 from videogen.models.attention import Kernel
 from videogen.models.dit import Block, DiT
+from videogen.runtime.quantize import inner_blocks
 
 QUERIES, KEYS = 128, 64  # tokens that share a scale
 FP8 = torch.float8_e4m3fn
@@ -44,9 +45,7 @@ def set_attention8(dit: DiT, *, whole_ends: int | None = None) -> DiT:
     """
     kernel = _kernel(next(dit.parameters()).device)
     restore_attention(dit)
-    ends = max(1, len(dit.blocks) // 20) if whole_ends is None else whole_ends
-    for block in list(dit.blocks)[ends : len(dit.blocks) - ends]:
-        assert isinstance(block, Block)
+    for block in inner_blocks(dit, whole_ends):
         block.attention.kernel = Attention8(kernel, block.attention.kernel)
     return dit
 
@@ -100,7 +99,7 @@ def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
             "8-bit attention on CUDA needs sageattention, which is not installed.",
             why="in plain PyTorch it would be slower than attention in 16 bits.",
             hint="pip install sageattention",
-            param="attention",
+            param="kernel",
         )
     from sageattention import sageattn  # type: ignore[import-not-found]
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from videogen.models import attention as plain
 from videogen.models.attention import Attention, Ops
 from videogen.models.dit import MLP, MLP_ACTIVATIONS, Block, DiT
+from videogen.runtime import has_triton
 
 PIECE = 64  # tokens: 64 x 3072 float32 values are 0.8 MB, which a core's second cache holds
 
@@ -125,12 +125,7 @@ def norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, rotary: Ten
 def _is_fast_on(x: Tensor) -> bool:
     if torch.is_grad_enabled():
         return False
-    return x.device.type in ("cpu", "meta") or (x.device.type == "cuda" and _has_triton())
-
-
-@lru_cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return x.device.type in ("cpu", "meta") or (x.device.type == "cuda" and has_triton())
 
 
 def _qkv(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

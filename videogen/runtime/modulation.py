@@ -36,18 +36,15 @@ def cache_modulation(
     weights, which are brought to the device each time.
     """
     plain_modulation(dit)
-    modulation = Modulation(dit, max(capacity, len(times)))
+    modulation = Modulation(dit, capacity)
     dit.modulation = modulation  # type: ignore[assignment]
     dit.embed_time = modulation.embed_time
     for norm in modulation.norms:
         norm.rows = MethodType(_rows, norm)
         norm.linear.parked = True  # type: ignore[assignment]  # for what moves weights: not these
     if times:
-        weight = dit.time_embed.linear_1.weight
         with torch.no_grad():
-            named = {name: torch.tensor([value]) for name, value in (vectors or {}).items()}
-            told = Conditioning(vectors=named)
-            modulation.embed_time(torch.tensor(list(times), dtype=torch.float32), told, weight.device, weight.dtype)
+            expect(dit, times, {name: torch.tensor([value]) for name, value in (vectors or {}).items()})
     return dit
 
 

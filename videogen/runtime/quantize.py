@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,7 @@ def quantize(dit: DiT, form: str, *, whole_ends: int | None = None) -> DiT:
             param="quantize",
         )
     restore(dit)
-    ends = max(1, len(dit.blocks) // 20) if whole_ends is None else whole_ends
-    for block in list(dit.blocks)[ends : len(dit.blocks) - ends]:
+    for block in inner_blocks(dit, whole_ends):
         for linear in _maps(block):
             linear.rows = Rows(linear.weight, linear.bias, FORMATS[form])
             linear.forward = partial(_forward, linear, FORMATS[form])  # type: ignore[assignment]
@@ -86,6 +86,14 @@ def restore(dit: DiT) -> DiT:
                 _move(linear, rows.weight.device)
                 del linear.forward, linear.rows, linear.parked
     return dit
+
+
+def inner_blocks(dit: DiT, whole_ends: int | None) -> list[Block]:
+    """All blocks but `whole_ends` at either end; None: one in twenty, at least one."""
+    ends = max(1, len(dit.blocks) // 20) if whole_ends is None else whole_ends
+    blocks = list(dit.blocks)[ends : len(dit.blocks) - ends]
+    assert all(isinstance(block, Block) for block in blocks)
+    return cast("list[Block]", blocks)
 
 
 def in_8_bits(x: Float[Tensor, "*n d"], form: Format) -> tuple[Tensor, Float[Tensor, "*n 1"]]:

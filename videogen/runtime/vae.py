@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from videogen.models import vae as plain
 from videogen.models.causal import CausalConv3d, Memory
 from videogen.models.vae import VAE, GroupNorm, LatentNorm, VAEOps, group_affine, set_ops
+from videogen.runtime import has_triton
 
 Video5D = plain.Video5D
 LAST = torch.channels_last_3d
@@ -412,7 +412,7 @@ def _on_cuda(name: str) -> Callable[..., Any]:
     """The operation's Triton kernel where Triton is, the same as everywhere else where it is not."""
 
     def call(*args: Any) -> Any:
-        if find_spec("triton") is None:
+        if not has_triton():
             return OPERATIONS[name]._init_fn(*args)
         from videogen.runtime import triton_vae
 
