@@ -1,18 +1,23 @@
 # One word each. The raw lines stand in README.md. The stamp keeps `make` from installing twice.
 PYTHON ?= python3
 BIN := .venv/bin
+SCALE ?= full
 
-.PHONY: demo test test-all bench check clean
+.PHONY: demo test test-all speedrun bench check clean
 
 demo: .venv/installed
 	$(BIN)/videogen demo
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # Everything, the exhaustive versions and GPU tests (where there is a GPU) included: about 9 minutes on two cores.
 test-all: .venv/installed
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "slow or not slow"
+
+# The bundled model and its student from nothing, into runs/tiny; stopped, it goes on. SCALE=smoke: every stage in minutes.
+speedrun: .venv/installed
+	$(BIN)/python scripts/speedrun.py --scale $(SCALE)
 
 # Ours against diffusers on this machine: under 10 minutes on two cores, which should have nothing else to do.
 bench: .venv/installed

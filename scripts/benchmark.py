@@ -77,8 +77,9 @@ def run_stage(stage: str, name: str, weights: Weights, report: Report, args: arg
         title, results = f"{name}: memory plans", compare_plans(weights.shape, weights.device)
     else:
         case = STAGES[stage](weights.shape, weights, args.compiled)
+        rounds = args.rounds or weights.shape.rounds
         rows = report.floor_rows() if weights.dtype != torch.float32 else []  # which are measured in bfloat16
-        title, results = f"{name}: {case.name}", [measure(case, weights.device, rows, args.rounds, args.variants)]
+        title, results = f"{name}: {case.name}", [measure(case, weights.device, rows, rounds, args.variants)]
     result = {}
     for result in results:
         report.add("cases", title, result)
@@ -100,7 +101,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", help="parts of their names; default: all")
     parser.add_argument("--floors", nargs="*", choices=floors.KINDS, default=list(floors.KINDS))
     parser.add_argument("--compiled", nargs="?", const="plain", choices=("plain", "cudnn"), help="torch.compile's too")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="default: 3, toy 2")
     parser.add_argument("--steps", type=int, help="of a whole clip")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int)

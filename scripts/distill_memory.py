@@ -141,7 +141,8 @@ def main() -> None:
 def sizes(teacher: str) -> tuple[DiTConfig, VAEConfig]:
     """The teacher's, if its folder is here; else those of CogVideoX-2B, the defaults."""
     from videogen.errors import VideogenError
-    from videogen.weights.card import find_model, read_card
+    from videogen.weights.card import read_card
+    from videogen.weights.hub import find_model
 
     if teacher == "zai-org/CogVideoX-2b":
         return DiTConfig(), VAEConfig()

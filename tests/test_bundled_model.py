@@ -12,8 +12,9 @@ from safetensors import safe_open
 from videogen.data.world import render
 from videogen.evaluation import held_out_prompts, psnr, score_clip
 from videogen.pipeline import Pipeline, load
-from videogen.weights.card import find_model, read_card
+from videogen.weights.card import read_card
 from videogen.weights.diffusers import verify_folder
+from videogen.weights.hub import find_model
 
 ROOT = Path(__file__).parents[1]
 

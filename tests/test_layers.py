@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module that stands alone is a room by its own name. What a room may import beside itself:
 BASE = {"errors", "config", "types"}
 NETWORKS = BASE | {"models", "diffusion"}
-FILES = {"weights.card", "weights.models"}  # what a model is, from its small files: requests are checked with that
+FILES = {"weights.card", "weights.limits", "weights.models"}  # what a model is: requests are checked with that
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
@@ -24,13 +24,18 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": BASE,
     "data": BASE,
     "weights": BASE | {"models"},
-    "request": {"errors", "data"} | FILES,
+    "checks": {"errors", "data"} | FILES,
+    "request": {"errors", "data", "checks"} | FILES,
+    "recipe": {"errors", "data", "request"},
+    "styles": {"errors", "config"},
+    "enhance": {"errors", "config"},
     "conditioning": BASE | {"models"},
     "runtime": BASE | {"models"},
     "distributed": NETWORKS,
     "evaluation": BASE | {"models", "data"},
     "training": NETWORKS | {"conditioning", "weights", "data", "evaluation", "progress"},
-    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "progress", "runtime"},
+    "long": {"errors", "checks", "request", "recipe", "data"} | FILES,
+    "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "recipe", "progress", "runtime"},
 }
 # These stand on top and may import everything.
 TOP = {"__init__", "__main__", "cli", "demo", "testing"}

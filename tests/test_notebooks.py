@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from videogen.errors import ModelNotFound
-from videogen.weights.card import find_model
+from videogen.weights.hub import find_model
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 LIMIT = 60  # seconds of processor time: a busy machine is no fault of a notebook
@@ -51,4 +51,4 @@ def test_it_is_valid_and_kept_without_outputs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS][:2] == ["01_first_video", "02_inside_the_model"]
+    assert [path.stem for path in NOTEBOOKS][:3] == ["01_first_video", "02_inside_the_model", "03_train_your_own"]

@@ -9,7 +9,6 @@ import torch
 
 import videogen
 import videogen.pipeline as room
-from videogen.config import DiTConfig
 from videogen.data.video import read_video
 from videogen.errors import Cancelled, InvalidRequest, NumericalError
 from videogen.pipeline import Pipeline
@@ -280,25 +279,27 @@ def test_events_tell_every_step(pipeline: Pipeline):
 
 
 @pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
-def test_cancelling_stops_and_leaves_no_file(pipeline: Pipeline, tmp_path: Path, stage: str):
+def test_cancelling_stops_and_leaves_no_clip(pipeline: Pipeline, tmp_path: Path, stage: str):
     def cancel(event):
         if event.stage == stage:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         pipeline.generate(WORDS, on_step=cancel, out=tmp_path / "clip.mp4", **STEPS)
-    assert not list(tmp_path.iterdir())
+    kept = ["clip.mp4.latents.safetensors"] if stage == "decode" else []
+    assert [path.name for path in tmp_path.iterdir()] == kept
 
 
 @pytest.mark.parametrize("part", ["dit.blocks.0.mlp.up.weight", "vae.decoder.conv_out.bias"])
-def test_what_is_not_finite_is_an_error_and_no_file(tmp_path: Path, part: str):
+def test_what_is_not_finite_is_an_error_and_no_clip(tmp_path: Path, part: str):
     pipeline = tiny_pipeline()
     network, _, name = part.partition(".")
     getattr(pipeline, network).get_parameter(name).data.flatten()[0] = float("nan")
     for keywords in ({"out": tmp_path / "clip.mp4"}, {"output": "tensor"}):
         with pytest.raises(NumericalError, match="not finite"):
             pipeline.generate(WORDS, **STEPS, **keywords)
-    assert not list(tmp_path.iterdir())
+    kept = ["clip.mp4.latents.safetensors"] if network == "vae" else []
+    assert [path.name for path in tmp_path.iterdir()] == kept
 
 
 def test_a_bad_request_is_refused_before_anything_is_computed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch):
@@ -364,28 +365,6 @@ def test_parts_can_be_reached(pipeline: Pipeline):
 
 
 # Choices at loading
-
-
-def test_dtype_auto_is_float32_on_a_cpu_and_the_trained_one_on_a_gpu():
-    card = tiny_pipeline().card
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert room.choose_dtype("auto", cpu, card) == torch.float32
-    assert room.choose_dtype("auto", gpu, card) == torch.bfloat16
-    assert room.choose_dtype("auto", gpu, replace(card, dit=DiTConfig())) == torch.float16  # 2B
-    assert room.choose_dtype("float64", cpu, card) == room.choose_dtype(torch.float64, cpu, card) == torch.float64
-    for wrong in ("int8", "float99", torch.int32):
-        with pytest.raises(InvalidRequest):
-            room.choose_dtype(wrong, cpu, card)
-
-
-def test_an_unknown_device_or_plan_is_refused(tmp_path: Path):
-    with pytest.raises(InvalidRequest, match="warp"):
-        room.choose_device("warp")
-    assert room.choose_device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InvalidRequest, match="CUDA"):
-            room.choose_device("cuda")
-        assert room.choose_device("auto") == torch.device("cpu")
 
 
 def test_noise_our_samplers_cannot_read_still_works_with_diffusers():

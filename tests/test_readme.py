@@ -13,7 +13,9 @@ import pytest
 
 from videogen import cli
 from videogen.errors import ModelNotFound
-from videogen.weights.card import find_model, read_card
+from videogen.weights.card import Card
+from videogen.weights.hub import find_model
+from videogen.weights.single import open_card
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -77,8 +79,11 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fewer denoising steps where a block names none: whether it runs is asked here, not how good the clip is."""
     from videogen import pipeline
 
+    def quick(path: Path, **options) -> Card:
+        return replace(open_card(path, **options), num_inference_steps=4)
+
     for module in (pipeline, cli.generate):
-        monkeypatch.setattr(module, "read_card", lambda folder: replace(read_card(folder), num_inference_steps=4))
+        monkeypatch.setattr(module, "open_card", quick)
     pipeline._kept.cache_clear()
     yield
     pipeline._kept.cache_clear()

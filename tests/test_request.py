@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from PIL import Image
 
 from videogen.config import DiTConfig, VAEConfig
 from videogen.data.video import Video, write_video
-from videogen.errors import FileError, InvalidRequest, ModelNotFound
+from videogen.errors import FileError, InvalidRequest, ModelNotFound, Note
 from videogen.request import HELP, Request
-from videogen.weights.card import Card, find_model, read_card
+from videogen.weights.card import Card, read_card
+from videogen.weights.hub import find_model
+from videogen.weights.limits import ANY_LENGTH, ANY_SIZE, Frames, Sizes
 from videogen.weights.models import PUBLISHED
 
 
@@ -60,8 +64,9 @@ def refused(request: Request, by: Card | None = None) -> InvalidRequest:
 def test_keywords_of_the_contract():
     contract = """
         prompt negative_prompt prompt_embeds negative_prompt_embeds first_frame last_frame keyframes last_frame_until
-        video strength fit height width num_frames fps num_inference_steps guidance_scale use_dynamic_cfg
-        guidance_until sampler step_cache seed latents on_step output out
+        video strength control_video mask fit image_latent_scale height width num_frames fps snap
+        num_inference_steps guidance_scale use_dynamic_cfg guidance_until uncond sampler step_cache seed latents
+        on_step output out keep_latents
     """.split()  # noqa: SIM905
     assert [f.name for f in fields(Request)] == contract == list(HELP)
     kinds = [p.kind for p in inspect.signature(Request).parameters.values()]
@@ -99,7 +104,8 @@ def test_sizes_are_multiples_with_the_nearest_named(width, height, hint):
 def test_a_learned_table_has_one_size_and_length():
     assert Request("a", height=64, width=96, num_frames=17).checked(FIXED).size == (17, 64, 96)
     assert refused(Request("a", height=96, width=96), FIXED).hint == "--size 96x64"
-    assert refused(Request("a", num_frames=25), FIXED).hint == "--frames 17"
+    assert refused(Request("a", num_frames=9), FIXED).hint == "--frames 17"
+    assert Request("a", num_frames=25).checked(FIXED).num_frames == 25 > FIXED.native_frames, "made of windows"
 
 
 @pytest.mark.parametrize(
@@ -204,6 +210,55 @@ def test_a_video_to_start_from_is_long_enough(tmp_path):
         Request("a", video=tmp_path / "bad.mp4").checked(card())
 
 
+def test_snap_goes_to_the_nearest_and_says_so():
+    table = card(name="table", sizes=Sizes((32, 64), (64, 96)), frames=Frames(16, 33), rates=(8,))
+    asked = Request("a", width=200, height=100, num_frames=20, fps=24, snap=True)
+    with pytest.warns(
+        Note, match="width 200 became 96, height 100 became 48, num_frames 20 became 17, fps 24 became 8"
+    ):
+        request = asked.checked(table)
+    assert (request.size, request.fps) == ((17, 48, 96), 8)
+    assert request.snap == {"width": 200, "height": 100, "num_frames": 20, "fps": 24} == request.recipe()["snap"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert request.checked(table) == request, "checking twice changes and says nothing more"
+        assert Request("a", snap=True).checked(table).snap is True
+    refused(replace(asked, snap=False), table)
+    refused(Request("a", width=0, snap=True), table)
+    with pytest.warns(Note):
+        assert Request("a", width=480, height=640, num_frames=3, snap=True).checked(FIXED).size == (17, 64, 96)
+
+
+def test_a_rate_the_model_was_not_trained_for():
+    eight = card(rates=(8,))
+    assert refused(Request("a", fps=24), eight).hint == "--fps 8, or --snap"
+    assert Request("a", fps=24).checked(card()).fps == 24, "nothing is known of others"
+
+
+def test_control_clips_and_masks_are_for_models_that_read_them():
+    clip = np.zeros((17, 8, 8, 3), np.uint8)
+    for name in ("control_video", "mask"):
+        assert "alibaba-pai/CogVideoX-Fun" in refused(Request("a", **{name: clip})).hint
+    able = card(conditions=("text", "video", "control_video", "mask"))
+    Request("a", control_video=clip).checked(able)
+    Request("a", video=clip, mask=clip).checked(able)
+    assert refused(Request("a", mask=clip), able).param == "mask"
+    assert refused(Request("a", control_video=clip[:9]), able).param == "control_video"
+
+
+def test_how_guidance_and_images_are_meant():
+    for mode in (False, True, "diffusers", "sat"):
+        Request("a", use_dynamic_cfg=mode).checked(card())
+    Request("a", uncond="zeros").checked(card())
+    assert refused(Request("a", uncond="zeros", negative_prompt="dull")).param == "negative_prompt"
+    frames = card(layout="frames")
+    Request("a", first_frame=IMAGE, image_latent_scale="none").checked(frames)
+    assert refused(Request("a", image_latent_scale="mul"), frames).param == "image_latent_scale"
+    assert refused(Request("a", first_frame=IMAGE, image_latent_scale="mul")).param == "image_latent_scale"
+    for name in ("use_dynamic_cfg", "uncond", "image_latent_scale"):
+        assert refused(Request("a", first_frame=IMAGE, **{name: "sta"}), frames).param == name
+
+
 def test_an_image_alone_is_enough_and_text_alone_too():
     assert Request(first_frame=IMAGE).checked(card()).prompt == ""
     refused(Request())
@@ -254,6 +309,16 @@ def test_output_files(tmp_path):
     (tmp_path / "old.mp4").touch()
     with pytest.raises(FileError, match="exists"):
         Request("a", out=tmp_path / "old.mp4").checked(card())
+
+
+def test_a_place_where_nothing_can_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="no folder"):
+        Request("a", out=tmp_path / "file" / "new.mp4").checked(card())
+    Request("a", out=tmp_path / "not" / "yet" / "new.mp4").checked(card())
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write everywhere
+    with pytest.raises(FileError, match="read-only"):
+        Request("a", out=tmp_path / "not" / "yet" / "new.mp4").checked(card())
 
 
 def test_recipe_is_json_without_paths_or_pixels(tmp_path):
@@ -334,8 +399,10 @@ def test_published_models_are_known_by_shape(tmp_path, dit, name, native):
     card = read_card(write_model(tmp_path / "renamed", dit))
     row = next(r for r in PUBLISHED if r.name.endswith("/" + name))
     assert (card.height, card.width, card.num_frames, card.fps, card.sampler, card.fixed_size) == native
-    assert card.conditions == row.conditions == (("text", "first_frame") if "I2V" in name else ("text", "video"))
-    assert card.licence == row.licence
+    assert card.conditions == row.conditions
+    assert ("first_frame" in card.conditions) == ("I2V" in name)
+    assert (card.licence, card.dtypes, card.sizes, card.frames) == (row.licence, row.dtypes, row.sizes, row.frames)
+    assert card.rates == (card.fps,)
     assert (card.size_multiple, card.num_inference_steps, card.guidance_scale) == (16, 50, 6)
     assert card.name == "renamed"
 
@@ -344,10 +411,27 @@ def test_unpublished_models_follow_their_configs(tmp_path):
     small = {"num_attention_heads": 3, "sample_height": 8, "sample_width": 12, "sample_frames": 17, "in_channels": 32}
     card = read_card(write_model(tmp_path / "a", small, scheduler="CogVideoXDPMScheduler"))
     assert (card.height, card.width, card.num_frames, card.fps, card.sampler) == (64, 96, 17, 8, "dpm")
-    assert card.conditions == ("text", "first_frame")
+    assert card.conditions == ("text", "first_frame", "video")
+    assert (card.sizes, card.frames, card.dtypes, card.rates) == (ANY_SIZE, ANY_LENGTH, (), ())
     own = {"name": "mine", "conditions": ["text", "keyframes"], "fps": 12, "sampler": "heun", "sha256": {}}
     card = read_card(write_model(tmp_path / "b", small, own=own))
     assert (card.name, card.conditions, card.fps, card.sampler) == ("mine", ("text", "keyframes"), 12, "heun")
+
+
+def test_own_facts_go_before_the_table_and_save_what_they_say(tmp_path):
+    """A fine-tune of 5B for other sizes, in its own `videogen.json`."""
+    wide = read_card(write_model(tmp_path / "a", B5, own={"width": 1280, "height": 720, "fps": 24, "num_frames": 97}))
+    assert (wide.sizes, wide.rates, wide.frames.allow(57)) == (ANY_SIZE, (), True), "its defaults are beyond the table"
+    sizes = {"short": [512, 768], "long": [512, 768]}
+    own = {"height": 512, "width": 768, "sizes": sizes, "frames": {"most": 97}, "rates": [8, 12], "dtypes": ["float16"]}
+    card = read_card(write_model(tmp_path / "b", B5, own=own))
+    assert (card.sizes, card.frames) == (Sizes((512, 768), (512, 768)), Frames(most=97))
+    assert (card.rates, card.dtypes, card.native_frames) == ((8, 12), ("float16",), 97)
+    again = read_card(write_model(tmp_path / "c", B5, own=json.loads(json.dumps(card.facts))))
+    assert replace(again, folder=card.folder) == card
+    for bad in ({"sizes": {"short": [9, 1]}}, {"frames": {"step": 3}}, {"rates": ["8"]}, {"dtypes": [None]}):
+        with pytest.raises((InvalidRequest, ModelNotFound)):
+            read_card(write_model(tmp_path / "d", B5, own=bad))
 
 
 def test_folders_that_are_no_models(tmp_path):
@@ -376,10 +460,10 @@ def test_names_that_are_no_models(tmp_path):
         with pytest.raises(ModelNotFound, match="there is no model") as caught:
             find_model(name)
         assert caught.value.exit_code == 3
-    single = tmp_path / "model.safetensors"
-    single.touch()
-    with pytest.raises(ModelNotFound, match="single file"):
-        find_model(single)
+    for file in ("model.bin", "notes.txt"):
+        (tmp_path / file).touch()
+        with pytest.raises(ModelNotFound, match=r"pickle|no model"):
+            find_model(tmp_path / file)
     with pytest.raises(ModelNotFound, match="not in the local cache") as caught:
         find_model("nobody/nothing@v1", offline=True)
     assert "hf download nobody/nothing --revision v1" in str(caught.value)
@@ -388,3 +472,16 @@ def test_names_that_are_no_models(tmp_path):
 def test_a_hub_snapshot_keeps_its_name(tmp_path):
     folder = write_model(tmp_path / "models--zai-org--CogVideoX-2b" / "snapshots" / "abc", {})
     assert read_card(folder).name == "zai-org/CogVideoX-2b"
+
+
+def test_a_refusal_takes_no_time_and_no_torch(tmp_path):
+    """From the shell: half a second of a processor's time at most; a fifth is usual."""
+    code = (
+        "import sys, time; from videogen.cli import main; code = main(['text-to-video', 'a', '--frames', '50']);"
+        "print(code, time.process_time(), *{m.split('.')[0] for m in sys.modules})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    exit_code, seconds, *modules = run.stdout.split()
+    assert (exit_code, run.stderr.splitlines()[0][:16]) == ("2", "error: 50 frames")
+    assert not {"torch", "numpy", "PIL", "diffusers", "transformers", "yaml", "huggingface_hub"} & set(modules)
+    assert float(seconds) < 0.5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 
 import av
 import imageio.v3 as iio
@@ -266,6 +268,60 @@ def test_exif_turns_and_transparency_lies_on_white(tmp_path):
     assert pixels[0, 0].tolist() == [255, 0, 0]
     assert pixels[3, 3].tolist() == [255, 255, 255]
     assert np.asarray(read_image(Image.new("L", (2, 2), 9))).tolist() == [[[9] * 3] * 2] * 2
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey16", "palette", "clear palette", "grey alpha", "cmyk", "1 bit", "rgb16"])
+def test_every_kind_of_picture_looks_as_it_should(tmp_path, kind):
+    """A ramp from black to white, the last column clear where the kind knows transparency."""
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)[None].repeat(8, 0)
+    expected, path = np.stack([ramp] * 3, -1).copy(), tmp_path / "a.png"
+    clear = np.where(np.arange(32) == 0, 0, 255).astype(np.uint8)[None].repeat(8, 0)
+    grey = Image.fromarray(ramp)
+    if kind == "grey16":
+        Image.fromarray(ramp.astype(np.uint16) * 257).save(path)
+        assert Image.open(path).mode == "I;16"
+    elif kind == "rgb16":  # Pillow writes none: 16 bits a colour, big-endian, no filter
+        rows = b"".join(b"\0" + (expected[0].astype(">u2") * 257).tobytes() for _ in range(8))
+        header = struct.pack(">IIBBBBB", 32, 8, 16, 2, 0, 0, 0)
+        parts = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+        chunks = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in parts]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    elif kind == "cmyk":
+        path = tmp_path / "a.jpg"
+        grey.convert("RGB").convert("CMYK").save(path, quality=100, subsampling=0)
+        assert Image.open(path).mode == "CMYK"
+    elif kind == "1 bit":
+        grey.point(lambda v: 255 * (v > 127)).convert("1").save(path)
+        expected = np.where(expected > 127, 255, 0)
+    elif kind == "palette":
+        grey.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path)
+        assert Image.open(path).mode == "P"
+    elif kind == "clear palette":
+        grey.convert("P").save(path, transparency=0)  # its black
+        expected[ramp == 0] = 255
+    elif kind == "grey alpha":
+        Image.merge("LA", (grey, Image.fromarray(clear))).save(path)
+        expected[clear == 0] = 255
+    else:
+        grey.save(path)
+    found = np.asarray(read_image(path)).astype(int)
+    assert np.abs(found - expected).max() <= (3 if kind == "cmyk" else 0)
+    with Image.open(path) as image:
+        assert np.array_equal(np.asarray(read_image(image)), found)
+
+
+def test_a_turned_photo_is_fitted_upright(tmp_path):
+    """All eight orientations that a camera writes come out as the same picture."""
+    upright = np.asarray(picture(16, 32))
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2)}
+    stored |= {6: np.rot90(upright), 7: np.rot90(upright[:, ::-1], -1), 8: np.rot90(upright, -1)}
+    expected = fit_image(Image.fromarray(upright), 16, 32)
+    for orientation, pixels in stored.items():
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        exif = image.getexif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "turned.png", exif=exif)
+        assert np.array_equal(fit_image(tmp_path / "turned.png", 16, 32), expected), orientation
 
 
 def test_broken_images_are_file_errors(tmp_path):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from types import UnionType
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from videogen.errors import InvalidRequest
 
@@ -49,6 +51,8 @@ class DiTConfig:
     use_rotary_positional_embeddings: bool = False
     use_learned_positional_embeddings: bool = False
     patch_bias: bool = True
+    add_noise_in_inpaint_model: bool = False  # CogVideoX-Fun from V1.1 5B on: known pixels were told with noise
+    resize_positions: bool = False  # ours, told by the card: another size stretches the sin-cos table of the native one
 
     @property
     def width(self) -> int:
@@ -86,21 +90,32 @@ class VAEConfig:
     invert_scale_latents: bool = False
     frame_batch_size: int = 8  # ours: pixel frames per encoded chunk
     latent_batch_size: int = 2  # ours: latent frames per decoded chunk
+    first_latent_alone: bool = False  # ours, told by the card: 1, 2, 2, … as CogVideoX-Fun decodes, not 3, 2, 2, …
 
     @property
     def spatial_compression(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+TOLD_BY_CARD = ("resize_positions", "first_latent_alone")  # how the weights are used, which their configs do not say
+
+
+# Settings of CogVideoX-Fun's class that describe nothing in the network while the first of them is off.
+CROSS = ("is_train_cross", "cross_attn_in_channels", "cross_attn_interval", "cross_attn_dim_head")
+CROSS += ("cross_attn_num_heads",)
+
+
 def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") -> T:
     """`cls(**values)`, strict: an unknown setting is an error that suggests the nearest name; lists become tuples.
+
+    Types are checked, and numbers against `BOUNDS`, so that nothing is allocated for a damaged or hostile file.
 
     Keys that start with an underscore (`_class_name`, `_diffusers_version`) are the file's own and ignored.
     """
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     known: dict[str, Any] = {}
     for key, value in values.items():
-        if key.startswith("_"):
+        if key.startswith("_") or (key in CROSS and not values.get(CROSS[0])):
             continue
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
@@ -111,15 +126,126 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
                 param=key,
             )
         known[key] = tuple(value) if isinstance(value, list) else value
+    hints = get_type_hints(cls)
+    for key, value in known.items():
+        if not _fits(value, hints[key]):
+            raise InvalidRequest(
+                f"{where} has {key} = {_short(value)}.",
+                why=f"{cls.__name__} takes {getattr(hints[key], '__name__', hints[key])} there.",
+                hint="correct the file, or fetch it again.",
+                param=key,
+            )
+    check_bounds(known, where=where)
     return cls(**known)
 
 
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a JSON file is of a field's type; whole numbers are numbers too, truth values are not."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, one) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, get_args(hint)[0]) for one in value)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+# What a setting of a model may be, several times beyond all published ones: a file with more is damaged or hostile, and
+# is refused before anything of that size is made. Of a list, every number, and 4096 of them at most.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "num_layers": (1, 128),
+    "num_attention_heads": (1, 256),
+    "attention_head_dim": (1, 512),
+    "in_channels": (1, 1024),
+    "out_channels": (1, 1024),
+    "time_embed_dim": (1, 16384),
+    "ofs_embed_dim": (1, 16384),
+    "text_embed_dim": (1, 16384),
+    "sample_width": (1, 8192),
+    "sample_height": (1, 8192),
+    "sample_frames": (1, 4097),
+    "patch_size": (1, 16),
+    "patch_size_t": (1, 16),
+    "temporal_compression_ratio": (1, 64),
+    "max_text_seq_length": (1, 4096),
+    "freq_shift": (-1000, 1000),
+    "dropout": (0, 1),
+    "norm_eps": (0, 1),
+    "spatial_interpolation_scale": (1e-3, 1e3),
+    "temporal_interpolation_scale": (1e-3, 1e3),
+    # of a VAE
+    "block_out_channels": (1, 4096),
+    "latent_channels": (1, 256),
+    "layers_per_block": (1, 16),
+    "norm_num_groups": (1, 1024),
+    "scaling_factor": (1e-6, 1e6),
+    "shift_factor": (-1e6, 1e6),
+    "latents_mean": (-1e6, 1e6),
+    "latents_std": (1e-6, 1e6),
+    "frame_batch_size": (1, 1024),
+    "latent_batch_size": (1, 1024),
+    # of T5
+    "d_model": (1, 16384),
+    "d_ff": (1, 131072),
+    "d_kv": (1, 1024),
+    "num_heads": (1, 512),
+    "num_decoder_layers": (1, 128),
+    "vocab_size": (1, 1_000_000),
+    "relative_attention_num_buckets": (2, 1024),
+    "relative_attention_max_distance": (2, 65536),
+    "layer_norm_epsilon": (0, 1),
+    "dropout_rate": (0, 1),
+    # of a scheduler
+    "num_train_timesteps": (1, 100_000),
+    "beta_start": (0, 1),
+    "beta_end": (0, 1),
+    "snr_shift_scale": (1e-3, 1e3),
+    "shift": (1e-3, 1e3),
+    "trained_betas": (0, 1),
+    # of videogen.json
+    "height": (1, 8192),
+    "width": (1, 8192),
+    "num_frames": (1, 4097),
+    "fps": (0.01, 240),
+    "num_inference_steps": (1, 1000),
+    "guidance_scale": (0, 1000),
+}
+
+
+def check_bounds(values: Mapping[str, Any], *, where: str) -> None:
+    """Refuse settings outside `BOUNDS`; what is absent or None passes, and so do names that have no bounds."""
+    for key in values.keys() & BOUNDS.keys():
+        least, most = BOUNDS[key]
+        given = values[key] if isinstance(values[key], list | tuple) else [values[key]]
+        for value in [] if given == [None] else given or [None]:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not least <= value <= most or len(given) > 4096:
+                raise InvalidRequest(
+                    f"{where} has {key} = {_short(values[key])}.",
+                    why=f"it is from {least:g} to {most:g}.",
+                    hint="correct the file, or fetch it again.",
+                    param=key,
+                )
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python prints
+        text = "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON-ready values: tuples become lists, the chunk plan is left out where it is usual."""
+    """The dataclass as JSON-ready values: tuples become lists.
+
+    The chunk plan and Fun's noise are left out where they are as usual, what a card tells always: diffusers' classes do
+    not know these names, and how a folder is used is written in its `videogen.json`.
+    """
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
-    for name, default in (("frame_batch_size", 8), ("latent_batch_size", 2)):
-        if values.get(name) == default:
-            del values[name]
+    usual = {"frame_batch_size": 8, "latent_batch_size": 2, "add_noise_in_inpaint_model": False}
+    for name in [*(name for name, value in usual.items() if values.get(name) == value), *TOLD_BY_CARD]:
+        values.pop(name, None)
     return values
 
 
@@ -209,6 +335,14 @@ class ClipTraining:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrameStage:
+    """A stretch of a DiT's training on the first frames of each clip only; 1 is a single frame from anywhere in it."""
+
+    share: float  # of the run's steps
+    latent_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskingConfig:
     """Deferred masking: most steps compute a part of the video tokens only (arXiv:2407.15811)."""
 
@@ -232,6 +366,7 @@ class DiTTraining(ClipTraining):
     num_inference_steps: int = 50  # defaults of the model that is made
     guidance_scale: float = 6.0
     timesteps: str = "informative"  # or "uniform"
+    curriculum: list[FrameStage] = dataclasses.field(default_factory=list)  # before the whole clips: shorter ones
     masking: MaskingConfig | None = None
 
 
@@ -285,7 +420,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     try:
-        values = OmegaConf.to_container(OmegaConf.load(Path(path)))
+        values = OmegaConf.to_container(OmegaConf.load(io.StringIO(_plain_yaml(Path(path)))))
     except FileNotFoundError as error:
         raise InvalidRequest(f"{path} does not exist.", why="no such file.", hint="check the path.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -297,6 +432,29 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} holds no settings.", why="it is a list or empty.", hint="name: value, one per line."
         )
     return cast(dict[str, Any], values)
+
+
+YAML_LIMIT = 2**18  # bytes
+
+
+def _plain_yaml(path: Path) -> str:
+    """The text of a YAML file that says what it says: a few aliases can stand for millions of values, and OmegaConf's
+    interpolations can read the environment. Tags that would make other objects are refused by the reader itself.
+    """
+    import yaml
+
+    if path.exists() and not path.is_file():
+        raise OSError("it is no plain file")
+    if path.stat().st_size > YAML_LIMIT:
+        raise OSError(f"it has more than {YAML_LIMIT // 1024} KiB")
+    text, depth = path.read_text(encoding="utf-8"), 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 32:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: no aliases (*name), and 32 levels at most")
+        if isinstance(event, yaml.ScalarEvent) and "${" in event.value:
+            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: no interpolations (${{...}})")
+    return text
 
 
 Training = VAETraining | DiTTraining | DistillTraining

@@ -5,6 +5,18 @@ Every error a user can cause or meet carries an exit code for the command line, 
 
 from __future__ import annotations
 
+import re
+
+
+def visible(text: str) -> str:
+    """Text that only shows: what would steer a terminal (colours, titles, turned writing) becomes its escape.
+
+    >>> visible("a\\x1b[31m red circle")
+    'a\\\\x1b[31m red circle'
+    """
+    hidden = "[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(hidden, lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 class VideogenError(Exception):
     """Base of all errors shown without a traceback: `what` happened, `why`, and what to `hint` at."""
@@ -16,12 +28,8 @@ class VideogenError(Exception):
         self.what, self.why, self.hint, self.param = what, why, hint, param
 
     def __str__(self) -> str:
-        lines = [f"error: {self.what}"]
-        if self.why:
-            lines.append(f"  why: {self.why}")
-        if self.hint:
-            lines.append(f"  try: {self.hint}")
-        return "\n".join(lines)
+        lines = [f"error: {self.what}", self.why and f"  why: {self.why}", self.hint and f"  try: {self.hint}"]
+        return "\n".join(visible(line) for line in lines if line)
 
 
 class InvalidRequest(VideogenError, ValueError):
@@ -52,6 +60,12 @@ class FileError(VideogenError):
     exit_code = 6
 
 
+class RemoteError(VideogenError):
+    """Another machine that the user named did not answer as it should."""
+
+    exit_code = 7
+
+
 class Cancelled(VideogenError):
     """Raise it inside `on_step` to stop a run cleanly."""
 
@@ -59,3 +73,21 @@ class Cancelled(VideogenError):
 
     def __init__(self, what: str = "cancelled", **kwargs) -> None:
         super().__init__(what, **kwargs)
+
+
+class Note(UserWarning):
+    """Something was done otherwise than asked or hoped, and the clip is made all the same. One line, on stderr."""
+
+
+def as_known(error: Exception) -> VideogenError:
+    """Any error as one that can be shown in three lines; what has no better name is a bug of ours, exit code 1."""
+    if isinstance(error, VideogenError):
+        return error
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return OutOfMemory("out of memory.", why=line, hint="--memory low, or a smaller --size or --frames.")
+    if isinstance(error, OSError):
+        hint = next(iter(getattr(error, "__notes__", [])), "check the disk and the path.")
+        return FileError(f"{line}.", why="reading or writing failed.", hint=hint)
+    what = f"{type(error).__name__}: {line}"
+    return VideogenError(what, why="this is a bug in videogen.", hint="--debug shows where; please report it.")

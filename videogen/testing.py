@@ -19,6 +19,7 @@ from videogen.models.vae import VAE
 from videogen.pipeline import Pipeline
 from videogen.types import Conditioning, Latent
 from videogen.weights.card import Card
+from videogen.weights.models import layout_of
 
 # The architecture of the bundled model (that of CogVideoX-5B-I2V), smaller: 9 frames of 32 x 48 pixels.
 TINY_DIT = DiTConfig(
@@ -87,6 +88,7 @@ def tiny_pipeline(
             "num_frames": dit.sample_frames,
             "fps": 8,
             "num_inference_steps": 4,
+            "layout": layout_of(dit, vae.latent_channels),
             **facts,
         },
     )

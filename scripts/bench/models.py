@@ -20,6 +20,7 @@ from videogen.models.vae import VAE
 from videogen.testing import SCHEDULER
 from videogen.types import Conditioning
 from videogen.weights.card import Card
+from videogen.weights.models import layout_of
 from videogen.weights.table import DIT_RULES, VAE_RULES, to_theirs
 
 FIVE = DiTConfig(num_layers=42, num_attention_heads=48, use_rotary_positional_embeddings=True)
@@ -38,11 +39,8 @@ class Shape:
     text: str = "small"
     scheduler: dict[str, Any] = field(default_factory=lambda: DPM)
     conditions: tuple[str, ...] = ("text",)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """As the published weights are: 2B was trained in float16, the others in bfloat16."""
-        return torch.float16 if self.dit.width == 1920 else torch.bfloat16
+    dtype: torch.dtype = torch.bfloat16  # as the published weights are, or what `load` takes on a CPU
+    rounds: int = 3
 
     def tokens(self, clip: tuple[int, int, int]) -> int:
         f, _, h, w = latent_shape(self, clip)
@@ -52,7 +50,7 @@ class Shape:
 NATIVE, NATIVE_15 = (49, 480, 720), (81, 768, 1360)
 SHAPES = {
     # The published sizes: for a GPU.
-    "2b": Shape(DiTConfig(), VAEConfig(), NATIVE, NATIVE, 50, "xxl"),
+    "2b": Shape(DiTConfig(), VAEConfig(), NATIVE, NATIVE, 50, "xxl", dtype=torch.float16),
     "5b": Shape(FIVE, VAEConfig(scaling_factor=0.7), NATIVE, NATIVE, 50, "xxl"),
     "1.5": Shape(
         replace(FIVE, patch_size_t=2, patch_bias=False, sample_height=96, sample_width=170, sample_frames=81),
@@ -62,8 +60,16 @@ SHAPES = {
         50,
         "xxl",
     ),
-    # The full widths, cut to what a CPU can do: two layers, three latent frames.
-    "toy": Shape(replace(FIVE, num_layers=2), VAEConfig(scaling_factor=0.7), (9, 256, 384), (9, 64, 96), 4),
+    # The full widths, cut to what a CPU can do in minutes: two layers, three latent frames, two rounds.
+    "toy": Shape(
+        replace(FIVE, num_layers=2),
+        VAEConfig(scaling_factor=0.7),
+        (9, 256, 384),
+        (9, 96, 128),
+        2,
+        dtype=torch.float32,
+        rounds=2,
+    ),
     # To see that the program runs.
     "smoke": Shape(
         replace(FIVE, num_layers=2, num_attention_heads=2, text_embed_dim=32, time_embed_dim=16),
@@ -90,6 +96,7 @@ def card(shape: Shape) -> Card:
         vae=shape.vae,
         scheduler=shape.scheduler,
         conditions=shape.conditions,
+        layout=layout_of(shape.dit, shape.vae.latent_channels),
         height=height,
         width=width,
         num_frames=frames,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,9 @@ class Stub:
     def load(self, model: str, **options) -> Stub:
         self.loaded.append({"model": model, **options})
         return self
+
+    def windows(self, request: Request) -> list:
+        return []
 
     def generate(self, prompt=None, **keywords) -> Video:
         request = Request(prompt, **keywords)
@@ -105,9 +110,19 @@ def test_a_clip_from_a_prompt(stub, model, capsys):
     assert read_recipe(path)["prompt"] == "A red circle!"
     assert "denoise 20/20" in err
     assert stub.loaded == [
-        {"model": model, "offline": False, "quantize": None, "compile": False}
+        {"model": model, "offline": False, "compile": False}
         | dict.fromkeys(("device", "dtype", "memory", "kernel"), "auto")
+        | dict.fromkeys(("lora", "verify", "quantize", "base", "variant"))
     ]
+
+
+def test_snap_says_once_on_stderr_what_it_changed(stub, model, capsys):
+    flags = ["--frames", "10", "--snap", "--use-dynamic-cfg", "sat"]
+    assert main(["t2v", "a", "b", "--model", model, *flags]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: snap: num_frames 10 became 9, as stub was made for"]
+    assert {(asked.num_frames, asked.use_dynamic_cfg) for asked in stub.asked} == {(9, "sat")}
+    assert stub.asked[0].snap == {"num_frames": 10}
 
 
 def test_flags_are_the_keywords(stub, model, image, capsys):
@@ -176,7 +191,7 @@ def test_an_existing_file_is_refused_before_loading(stub, model, capsys):
         ("t2v a --crf 99", "--crf 17"),
         ("t2v a b --out c.mp4", "--out FOLDER"),
         ("t2v a --out c.avi", "c.mp4"),
-        ("t2v @gone.txt", "@FILE"),
+        ("t2v @gone.txt", "check the path"),
         ("t2v", "videogen t2v"),
         ("t2x a", "did you mean t2v?"),
         ("--verison", "did you mean --version?"),
@@ -227,6 +242,13 @@ def test_interrupting_leaves_no_file(stub, model, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert "interrupted" in err
+    assert list(Path("here").iterdir()) == []
+
+
+def test_sigterm_ends_as_an_interrupt_does(stub, model, capsys, monkeypatch):
+    monkeypatch.setattr("videogen.data.video._into_place", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["t2v", "a", "--model", model, "--out", "here"]) == 143
+    assert "interrupted" in capsys.readouterr().err
     assert list(Path("here").iterdir()) == []
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from videogen.conditioning import text
+from videogen.errors import Note
 from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
 
 WORDS = ("a", "red", "circle")
@@ -27,8 +28,11 @@ def test_absence_is_the_empty_prompt(encoder):
 
 
 def test_a_prompt_longer_than_the_model_reads_is_said(encoder):
-    with pytest.warns(UserWarning, match="9 tokens, the model reads 6"):
-        text.prompt(encoder, ["a red circle a red circle a red"])
+    with pytest.warns(Note, match="9 tokens, the model reads 6; it does not see: 'circle a red'") as said:
+        text.prompt(encoder, ["a red circle a red circle a red"] * 2)
+    assert len(said) == 1, "once for equal prompts"
+    with pytest.warns(Note, match=r"… \(195 words\)"):
+        text.say_what_is_cut(encoder.tokenizer, ["circle " * 200], 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         text.prompt(encoder, ["a red circle a red"])

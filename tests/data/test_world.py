@@ -34,7 +34,7 @@ from videogen.data.world import (
 from videogen.data.world.caption import CAMERA_WORDS, MOTION_WORDS, SHAPE_WORDS, SIZE_WORDS, STYLE_WORDS
 from videogen.data.world.render import checkers
 from videogen.data.world.scene import DIRECTIONS, HELD_OUT_PAIRS, LUMA, clearance, stands_out
-from videogen.weights.card import find_model
+from videogen.weights.hub import find_model
 
 EVERYTHING = {"checkered": 0.6, "two": 0.5, "camera": 0.8, "style": 0.5}
 

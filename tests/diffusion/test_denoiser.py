@@ -152,3 +152,17 @@ def test_dynamic_cfg_stays_between_one_and_one_plus_scale():
     assert max(values) <= 7
     assert scale(50.0) == 1  # the ramp's own start, where n - t is 0
     assert scale(0.0) == 7  # and its end
+
+
+def test_the_two_dynamic_guidances():
+    """Of 50 steps with guidance 6: a wave that jumps from step to step, and a smooth rise from none to all."""
+    times = [float(t) for t in range(999, 0, -20)]
+    wave, rise = ([dynamic_cfg(6.0, 50, mode=mode, times=times)(t) for t in times] for mode in ("diffusers", "sat"))
+    # diffusers 0.42.1 with use_dynamic_cfg=True
+    assert [round(scale, 2) for scale in wave[:7] + wave[-3:]] == [2.29, 2.54, 6.97, 6.42, 2.79, 4.27, 1.04, 1, 1, 1.12]
+    assert rise == [1 + 6 * (1 - math.cos(math.pi * (i / 50) ** 5)) / 2 for i in range(50)]
+    assert rise[0] == 1
+    assert rise == sorted(rise)
+    assert 6.5 < rise[-1] < 7
+    between = dynamic_cfg(6.0, 50, mode="sat", times=times)(990.0)  # on the way from the first step to the second
+    assert between == rise[1]

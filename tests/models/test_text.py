@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
+from videogen.models.text import TextEncoder, cut_words, tiny_t5, word_tokenizer
 
 WORDS = ["a", "red", "blue", "circle", "moves", ",", "."]
 
@@ -34,6 +34,20 @@ def test_count_tokens_counts_beyond_the_limit():
     assert text.count_tokens("a red circle") == 4
     assert text.count_tokens("") == 1
     assert text.count_tokens("a " * 20) == 21
+
+
+def test_the_words_that_are_cut_are_exactly_those_the_tokens_do_not_reach():
+    text = make()
+    for prompt in ("a red circle", "a " * 7, ""):
+        assert cut_words(text.tokenizer, prompt, 8) == []
+    assert cut_words(text.tokenizer, "a red circle moves. a blue circle, moves", 8) == ["circle,", "moves"]
+    assert cut_words(text.tokenizer, "a red circle moves a red circle.  a", 8) == ["circle.", "a"], "cut in part"
+    for count in range(8, 30):
+        prompt = " ".join(WORDS[i % len(WORDS)] for i in range(count))
+        words = cut_words(text.tokenizer, prompt, 8)
+        read = prompt.split()[: count - len(words)]
+        assert ids(text, prompt) == [*text.tokenizer(" ".join(read))["input_ids"]]
+        assert read + words == prompt.split()
 
 
 def test_embeddings():

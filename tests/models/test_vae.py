@@ -356,3 +356,18 @@ def test_default_tiles_are_half_the_native_size():
 def test_compression_is_8_in_space_and_4_in_time():
     assert TINY_VAE.spatial_compression == 8
     assert math.log2(TINY_VAE.temporal_compression_ratio) == 2
+
+
+@pytest.mark.parametrize(("latents", "frames"), [(1, 1), (2, 5), (3, 9), (4, 13), (13, 49), (22, 85)])
+@torch.no_grad()
+def test_with_the_first_latent_alone_every_number_of_latents_has_its_frames(latents: int, frames: int):
+    """CogVideoX-Fun's plan 1, 2, 2, …: an even number of latents, too, becomes as many frames as it was made of."""
+    config = replace(TINY_VAE, first_latent_alone=True)
+    vae = randomize(VAE(config).eval())
+    assert latent_frames(config, frames) == latents
+    x = torch.randn(1, 4, latents, 2, 2, generator=torch.Generator().manual_seed(0))
+    decoded = vae.decode(x)  # type: ignore[operator]
+    assert decoded.shape[2] == frames
+    # a frame depends on the latents up to its own chunk only
+    shorter = vae.decode(x[:, :, :1])  # type: ignore[operator]
+    torch.testing.assert_close(decoded[:, :, :1], shorter)

@@ -82,7 +82,7 @@ def test_trap_16_the_image_draws_before_the_latents(monkeypatch: pytest.MonkeyPa
     assert error(pipeline, IMAGE, frames) < 1e-8
 
     encode = frame_condition.encode_frames
-    monkeypatch.setattr(room.frame_condition, "encode_frames", lambda vae, x, g: encode(vae, x, [None] * len(x)))
+    monkeypatch.setattr(room.frame_condition, "encode_frames", lambda vae, x, g, **k: encode(vae, x, [None] * len(x)))
     assert error(pipeline, IMAGE, frames) > VISIBLE  # the mode: right picture, no draw, other noise afterwards
     monkeypatch.undo()
 

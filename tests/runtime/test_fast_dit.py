@@ -23,8 +23,8 @@ from videogen.runtime.counters import count
 from videogen.runtime.dit import fast_dit, plain_dit
 from videogen.testing import TINY_DIT, randomize, tiny_batch, tiny_pipeline
 from videogen.types import Conditioning
-from videogen.weights.card import find_model
 from videogen.weights.diffusers import load_dit
+from videogen.weights.hub import find_model
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 SIZE = (4, 8, 12)

@@ -136,7 +136,8 @@ def test_a_run_that_was_stopped_leaves_the_pipeline_ready(fast: Pipeline, tmp_pa
     with pytest.raises(Cancelled):
         pipeline.generate(WORDS, on_step=cancel, out=tmp_path / "clip.mp4", **STEPS)
     assert places(pipeline) == before
-    assert not list(tmp_path.iterdir())
+    kept = ["clip.mp4.latents.safetensors"] if stage == "decode" else []
+    assert [path.name for path in tmp_path.iterdir()] == kept
     frames = pipeline.generate(WORDS, output="tensor", **STEPS)
     assert torch.equal(frames, fast.generate(WORDS, output="tensor", **STEPS))
 
@@ -178,8 +179,9 @@ def test_float16_keeps_the_text_encoders_second_layer_in_float32(fast: Pipeline,
 
 
 def test_plans_have_names():
-    assert choose_plan("auto") is choose_plan("fast") is PLANS["fast"]
-    assert [choose_plan(name).name for name in PLANS] == ["fast", "balanced", "low", "minimal"]
+    assert choose_plan("auto") is None  # by what there is
+    assert [choose_plan(name) for name in PLANS] == list(PLANS.values())
+    assert list(PLANS) == ["fast", "balanced", "low", "minimal"]
     own = Plan(name="mine", vae_strips=2)
     assert choose_plan(own) is own
     for load in (choose_plan, lambda name: videogen.load("no such model", memory=name)):
@@ -221,9 +223,10 @@ def test_memory_does_not_grow_with_the_clip(tmp_path: Path):
         latents, frames = torch.randn(latent_frames, 4, 4, 6), 4 * latent_frames - 3
         request = videogen.Request(WORDS, num_frames=frames, out=tmp_path / f"{latent_frames}.mp4")
         request = request.checked(pipeline.card)
-        return count(lambda: pipeline.to_video(request, 0, latents)).peak_bytes - latents.nbytes
+        recipe = pipeline.recipe(request, 0)
+        return count(lambda: pipeline.finish(latents, recipe, out=request.out)).peak_bytes - latents.nbytes
 
-    short, long = peak(5), peak(13)
+    short, long = peak(7), peak(13)  # a first chunk, a last one, and some between
     assert long <= 1.001 * short
     assert len(read_video(tmp_path / "13.mp4")[0]) == 49
 

@@ -165,3 +165,17 @@ def test_on_a_gpu_weights_are_parked_and_nothing_waits():
     assert torch.allclose(rows.expand(-1, 2, -1), plain.norm_out.rows(time), **CLOSE)
     plain_modulation(dit)
     assert dit.blocks[0].norm1.linear.weight.device.type == "cuda"
+
+
+@torch.no_grad()
+def test_rows_depend_on_the_times_expected_and_on_nothing_before_them():
+    """Bit for bit: the last bits of a product depend on how many rows it has."""
+    fresh, used = (cache_modulation(network().float()) for _ in range(2))
+    for times in ([999.0], [3.0, 999.0, 500.0, 7.0, 8.0, 9.0, 10.0]):
+        modulation.expect(used, times, {})
+    for dit in (fresh, used):
+        modulation.expect(dit, TIMES, {})
+    for one, other in zip(fresh.modulation.norms, used.modulation.norms, strict=True):  # type: ignore[union-attr]
+        for k in TIMES:
+            places = [dit.modulation.places[(k,)] for dit in (fresh, used)]  # type: ignore[union-attr]
+            assert torch.equal(one.table[places[0]], other.table[places[1]])  # type: ignore[index]

@@ -15,7 +15,8 @@ from videogen.runtime.offload import Stages
 from videogen.runtime.step_cache import Curve, StepCache, curve_of, load_curve, recorded, save_curve
 from videogen.testing import tiny_pipeline
 from videogen.types import Conditioning, Tokens
-from videogen.weights.card import find_model, read_card
+from videogen.weights.card import read_card
+from videogen.weights.hub import find_model
 
 FLAT = Curve((0.0, 1000.0), (1.0, math.e))  # a change of time by 100 is one of the magnitude by 10 %
 

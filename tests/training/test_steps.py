@@ -1,6 +1,7 @@
 """What is learned: batches are functions of the step, losses equal their formulas, a miniature run ends in a model."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -8,16 +9,27 @@ import numpy as np
 import pytest
 import torch
 
-from videogen.config import ClipStage, DiTConfig, DiTTraining, FitConfig, TextEncoderConfig, VAEConfig, VAETraining
+from videogen.config import (
+    ClipStage,
+    DiTConfig,
+    DiTTraining,
+    FitConfig,
+    FrameStage,
+    TextEncoderConfig,
+    VAEConfig,
+    VAETraining,
+)
 from videogen.data.world import VOCABULARY
+from videogen.data.world.caption import MOTION_WORDS
 from videogen.models.vae import VAE
 from videogen.pipeline import load
 from videogen.training import latents as latent_cache
-from videogen.training.dit import build_text_encoder
-from videogen.training.latents import cached_latents, encode_clips, read_latents
+from videogen.training.dit import build_text_encoder, frames_at
+from videogen.training.latents import LatentClips, cached_latents, encode_clips, read_latents
 from videogen.training.run import train_dit_model, train_vae_model
 from videogen.training.step import draw_known, world_batch, world_caption
 from videogen.training.vae_step import detail, init_vae, unit_variance, vae_loss, world_pixels
+from videogen.weights.card import read_card
 from videogen.weights.diffusers import verify_folder
 
 CPU = torch.device("cpu")
@@ -128,7 +140,7 @@ def test_detail_marks_edges_and_motion_only():
 
 @torch.no_grad()
 def test_unit_variance_leaves_the_function_alone():
-    vae = small_vae().double()
+    vae = VAE(VAE_SIZES).double().eval()
     pixels = torch.rand(4, 3, 9, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, logvar = vae.moments(pixels)
     before = vae.decode(mean)
@@ -205,6 +217,39 @@ def test_captions_use_known_words_only():
     assert len(tokenizer) == len(VOCABULARY) + 3
 
 
+def test_the_curriculum_shows_single_frames_then_short_clips_then_whole_ones(tmp_path):
+    config = dataclasses.replace(
+        dit_training(tmp_path),
+        curriculum=[FrameStage(share=0.2, latent_frames=1), FrameStage(share=0.3, latent_frames=3)],
+    )
+    assert [frames_at(config, step / 10) for step in range(10)] == [1] * 2 + [3] * 3 + [None] * 5
+
+
+def test_a_short_clip_is_the_start_of_the_long_one_and_a_frame_is_any_of_them(tmp_path):
+    config = dataclasses.replace(dit_training(tmp_path), batch_size=8)
+    clips = LatentClips(**encode_clips(config, small_vae(), range(8), CPU))
+    clips = dataclasses.replace(clips, frame_logvar=torch.full_like(clips.frame_logvar, -30))  # a frame is one number
+    whole, short, still = (world_batch(config, clips, 0, 0, 1, frames=frames) for frames in (None, 3, 1))
+    assert torch.equal(short.latents, whole.latents[:, :3])
+    assert still.latents.shape[1] == 1
+    assert not still.known.any()
+    moving = {word for wordings in MOTION_WORDS.values() for phrase in wordings for word in phrase.split()}
+    assert any(moving & set(caption.split()) for caption in whole.captions)
+    assert not any((moving - {"a", "to", "the"}) & set(caption.split()) for caption in still.captions)
+    near = [
+        (one - frames).flatten(1).abs().amax(1) for one, frames in zip(still.latents, whole.frame_latents, strict=True)
+    ]
+    assert all(distances.min() < 1e-5 for distances in near)
+    assert len({int(distances.argmin()) for distances in near}) > 1
+
+
+@torch.no_grad()
+def test_the_first_chunk_of_a_clip_is_encoded_as_if_the_clip_ended_there():
+    vae = small_vae().double()
+    pixels = torch.rand(1, 3, 17, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(vae.encode(pixels)[:, :, :3], vae.encode(pixels[:, :, :9]), rtol=0, atol=1e-12)
+
+
 def test_a_miniature_run_ends_in_a_model_that_generates(tmp_path):
     vae = train_vae_model(vae_training(tmp_path / "vae"), CPU)
     config = dit_training(tmp_path / "dit", vae=str(vae))
@@ -217,7 +262,14 @@ def test_a_miniature_run_ends_in_a_model_that_generates(tmp_path):
 
 @pytest.mark.slow
 def test_the_smoke_scale_of_the_whole_recipe(tmp_path):
-    """About two minutes: every stage of scripts/make_tiny.py in miniature."""
+    """Every stage of scripts/speedrun.py in miniature; called again, it has nothing left to do."""
     root = __import__("pathlib").Path(__file__).resolve().parents[2]
-    subprocess.run([sys.executable, root / "scripts/make_tiny.py", "--scale", "smoke"], cwd=tmp_path, check=True)
-    assert (tmp_path / "runs/smoke/score/score.md").is_file()
+    command = [sys.executable, root / "scripts/speedrun.py", "--scale", "smoke"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    runs = tmp_path / "runs/smoke"
+    seconds = json.loads((runs / "seconds.json").read_text())
+    assert list(seconds) == ["vae", "dit", "student", "score", "student score"]
+    assert read_card(runs / "student/model").num_inference_steps == 4
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "+" not in again.stderr
+    assert (runs / "student_score/score.md").read_text() in again.stdout

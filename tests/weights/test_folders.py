@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -492,7 +493,7 @@ def test_index_may_not_point_outside_its_folder(folders, tmp_path):
     edit(index, weight_map={"norm_final.weight": "../secret.safetensors"})
     with pytest.raises(ModelNotFound, match="points outside"):
         load_dit(sharded)
-    index.write_text("[]")
+    index.write_text("{}")
     with pytest.raises(ModelNotFound, match="not an index"):
         load_dit(sharded)
 
@@ -514,3 +515,59 @@ def test_missing_part_is_named(model):
 def test_shard_size_must_be_a_size(folders, tmp_path):
     with pytest.raises(InvalidRequest, match="no size"):
         save(tmp_path / "ours", load_folder(folders["text"]), max_shard_size="ten")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../other.safetensors",
+        "/etc/passwd",
+        "a/../../b.safetensors",
+        "C:\\b.safetensors",
+        "b\0.safetensors",
+        "b.bin",
+        "..",
+        "",
+        "-rf.safetensors",
+        3,
+        None,
+        ["x"],
+    ],
+)
+def test_an_index_names_safetensors_beside_it_or_is_refused(folders, tmp_path, name):
+    folder = shutil.copytree(folders["sharded"] / "transformer", tmp_path / "transformer")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"][next(iter(values["weight_map"]))] = name
+    index.write_text(json.dumps(values))
+    with pytest.raises(ModelNotFound, match=r"outside its folder|not an index"):
+        load_dit(folder)
+
+
+def test_an_index_of_a_hundred_thousand_entries_is_answered_at_once(folders, tmp_path):
+    folder = shutil.copytree(folders["sharded"] / "transformer", tmp_path / "transformer")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    values = {"weight_map": {f"t{i}": f"s{i}.safetensors" for i in range(100_000)}}
+    index.write_text(json.dumps(values))
+    started = time.process_time()
+    with pytest.raises(ModelNotFound):
+        load_dit(folder)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "name", ["CogVideoX_Fun_Pipeline_Inpaint", "CogVideoXFunPipeline", "CogVideoXInterpolationPipeline"]
+)
+def test_folders_of_derivatives_open(model, tmp_path, name):
+    """Their own pipeline names, and settings of the transformer that the others do not have."""
+    edit(model / "model_index.json", _class_name=name)
+    edit(model / "transformer" / "config.json", add_noise_in_inpaint_model=True, is_train_cross=False)
+    edit(model / "transformer" / "config.json", cross_attn_in_channels=16, cross_attn_num_heads=16)
+    parts = load_folder(model)
+    assert parts.dit.config.add_noise_in_inpaint_model
+    saved = json.loads((save(tmp_path / "ours", parts) / "transformer" / "config.json").read_text())
+    assert saved["add_noise_in_inpaint_model"] is True
+    assert "is_train_cross" not in saved
+    edit(model / "transformer" / "config.json", is_train_cross=True)  # a network of other modules
+    with pytest.raises(InvalidRequest, match="is_train_cross"):
+        load_dit(model)

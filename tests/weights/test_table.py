@@ -1,4 +1,4 @@
-"""Tables of names: the five published models at full size on the meta device, and what is refused."""
+"""Tables of names: every published model at full size on the meta device, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from full_size import FULL, full_shapes
 
 from videogen.config import DiTConfig, VAEConfig, to_dict
 from videogen.errors import ModelNotFound
@@ -16,34 +17,21 @@ from videogen.models.vae import VAE
 from videogen.types import Conditioning
 from videogen.weights.table import DIT_RULES, VAE_RULES, to_ours, to_theirs, widen
 
-BIG = {"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True}
-NEW = BIG | {"patch_size_t": 2, "sample_height": 96, "sample_width": 170, "sample_frames": 81, "patch_bias": False}
-IMAGE = {"in_channels": 32}
-
-# name -> (what differs from 2B, number of tensors, shape of patch_embed.proj.weight): cogvideox model cards
-PUBLISHED = {
-    "2b": ({}, 736, (1920, 16, 2, 2)),
-    "5b": (BIG, 1024, (3072, 16, 2, 2)),
-    "5b-i2v": (BIG | IMAGE | {"use_learned_positional_embeddings": True}, 1025, (3072, 32, 2, 2)),
-    "1.5-5b": (NEW, 1024, (3072, 128)),
-    "1.5-5b-i2v": (NEW | IMAGE | {"ofs_embed_dim": 512}, 1028, (3072, 256)),
-}
-
 
 def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", FULL)
 def test_published_transformer_has_their_names_and_shapes(name):
-    changes, count, patch = PUBLISHED[name]
-    config = DiTConfig(**changes)
+    full, (config, ours) = FULL[name], full_shapes(name)
     with torch.device("meta"):
-        ours, theirs = shapes(DiT(config)), shapes(CogVideoXTransformer3DModel(**to_dict(config)))
-    assert to_theirs(ours, DIT_RULES) == theirs
-    assert to_ours(theirs, DIT_RULES) == ours
-    assert len(ours) == count
-    assert ours["patch_embed.proj.weight"] == patch
+        theirs = CogVideoXTransformer3DModel(**to_dict(config))
+    assert to_theirs(ours, DIT_RULES) == shapes(theirs)
+    assert to_ours(shapes(theirs), DIT_RULES) == ours
+    assert len(ours) == full.tensors
+    assert ours["patch_embed.proj.weight"] == full.patch
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == full.parameters
     if config.use_learned_positional_embeddings:
         assert ours["position_table"] == (1, 17776, 3072)
 

@@ -7,45 +7,78 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import signal
 import sys
+import threading
 import traceback
-from typing import NoReturn
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
 
 from videogen import __version__
-from videogen.cli import generate, tools
-from videogen.errors import FileError, InvalidRequest, OutOfMemory, VideogenError
+from videogen.cli import (
+    batch,
+    convert,
+    decode,
+    doctor,
+    extend,
+    generate,
+    info,
+    lora,
+    models,
+    plan,
+    post,
+    prompt,
+    rerun,
+    tools,
+)
+from videogen.errors import InvalidRequest, Note, VideogenError, as_known, visible
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code: see docs/command_line.md."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         args = parse(argv)
-        args.run(args)
-        return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Note)
+            warnings.showwarning = partial(_show, set(), warnings.showwarning)
+            return args.run(args) or 0
     except VideogenError as error:
         return _report(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
-        return _report("\ninterrupted; no partial file is left.", 130, debug)
+    except KeyboardInterrupt as error:
+        kept = [f"  try: {note}" for note in getattr(error, "__notes__", [])]
+        return _report("\n".join(["\ninterrupted; no partial file is left.", *kept]), 143 if error.args else 130, debug)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         sys.stderr.close()
         return 0
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-            known: VideogenError = OutOfMemory(
-                "out of memory.", why=_line(error), hint="--memory low, or a smaller --size or --frames."
-            )
-        elif isinstance(error, OSError):
-            known = FileError(f"{_line(error)}.", why="reading or writing failed.", hint="check the disk and the path.")
-        else:
-            what = f"{type(error).__name__}: {_line(error)}"
-            known = VideogenError(what, why="this is a bug in videogen.", hint="--debug shows where; please report it.")
+        known = as_known(error)
         return _report(str(known), known.exit_code, debug)
 
 
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _show(
+    said: set[str],
+    usual: Callable[..., None],
+    message: Warning | str,
+    category: type[Warning],
+    *where: Any,
+) -> None:
+    """Our own notes on a line of their own, each once; warnings of libraries as ever."""
+    if not issubclass(category, Note):
+        usual(message, category, *where)
+    elif str(message) not in said:
+        said.add(str(message))
+        print(visible(f"note: {message}"), file=sys.stderr)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    """SIGTERM, which supervisors send, ends a command as ^C does: what is half written is removed."""
+    raise KeyboardInterrupt("terminated")
 
 
 def _report(text: str, code: int, debug: bool) -> int:
@@ -76,8 +109,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and argv[0].startswith("-") and argv[0] not in parser.names():
         raise _unknown("option", argv[0], parser.names(), "videogen --help")
     args, unknown = parser.parse_known_args(argv)
+    given = argv[1:]
     if getattr(args, "config", None):
-        args, unknown = parser.parse_known_args([argv[0], *generate.config_flags(*args.config), *argv[1:]])
+        given = [*generate.config_flags(*args.config), *given]
+        args, unknown = parser.parse_known_args([argv[0], *given])
+    if getattr(args, "preset", None):
+        args, unknown = parser.parse_known_args([argv[0], *generate.preset_flags(args.preset, args.model), *given])
     command = commands[args.command]
     for name in unknown:
         if name.startswith("-"):
@@ -109,6 +146,12 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     subparsers = parser.add_subparsers(dest="command", metavar="command", required=True, parser_class=Parser)
     generate.add_commands(subparsers)
     tools.add_commands(subparsers)
+    lora.add_command(subparsers)
+    convert.add_command(subparsers)
+    for module in (batch, rerun, extend, post, prompt):
+        module.add_command(subparsers)
+    for module in (info, doctor, models, plan, decode):
+        module.add_command(subparsers)
     for command in set(subparsers.choices.values()):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser, dict(subparsers.choices)

@@ -29,7 +29,8 @@ from videogen.errors import InvalidRequest
 from videogen.evaluation import KINDS, ceiling, evaluate, floor, held_out_prompts, markdown, score_prompts, score_table
 from videogen.pipeline import Pipeline, load
 from videogen.progress import Event, Progress
-from videogen.weights.card import find_model, read_card
+from videogen.weights.card import read_card
+from videogen.weights.hub import find_model
 
 MODES: dict[str, tuple[int, ...]] = {
     "text": (),

@@ -1,4 +1,7 @@
-"""`videogen text-to-video` and `videogen image-to-video`: one request per prompt, checked, made, saved."""
+"""`videogen text-to-video` and `videogen image-to-video`: one request per clip, checked, made, saved.
+
+`batch`, `rerun` and others make their clips with the same flags and functions.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,23 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from videogen.config import read_yaml
-from videogen.data.files import FORMATS, check_output
+from videogen.data.files import FORMATS, check_output, read_lines
 from videogen.distributed import launched, one_voice
 from videogen.errors import InvalidRequest
 from videogen.progress import Progress, duration
+from videogen.recipe import without_images
 from videogen.request import HELP, Request
-from videogen.weights.card import find_model, read_card
+from videogen.weights.card import Card
+from videogen.weights.hub import find_model
+from videogen.weights.lora import check_fit, open_loras, split_scale
+from videogen.weights.single import open_card
 
 # What a shell can say of a Request; the other keywords (embeddings, latents, callbacks) are for Python.
 TYPES: dict[str, Any] = {
@@ -27,18 +35,24 @@ TYPES: dict[str, Any] = {
     "last_frame_until": float,
     "video": str,
     "strength": float,
+    "control_video": str,
+    "mask": str,
     "fit": str,
+    "image_latent_scale": str,
     "height": int,
     "width": int,
     "num_frames": int,
     "fps": float,
+    "snap": bool,
     "num_inference_steps": int,
     "guidance_scale": float,
-    "use_dynamic_cfg": bool,
+    "use_dynamic_cfg": str,
     "guidance_until": float,
+    "uncond": str,
     "sampler": str,
     "step_cache": float,
     "seed": int,
+    "keep_latents": bool,
 }
 IMAGES = ("first_frame", "last_frame", "keyframes")
 ALIASES = {
@@ -47,7 +61,10 @@ ALIASES = {
     "num_inference_steps": ["--steps"],
     "guidance_scale": ["--guidance"],
 }
-METAVARS = {"video": "CLIP", "fit": "HOW", "sampler": "NAME"}
+METAVARS = {"video": "CLIP", "control_video": "CLIP", "mask": "IMG|CLIP", "fit": "HOW", "sampler": "NAME"}
+METAVARS |= dict.fromkeys(("use_dynamic_cfg", "uncond", "image_latent_scale"), "HOW")
+LOAD = ("device", "dtype", "memory", "kernel", "quantize", "compile", "lora", "offline", "verify")
+LOAD += ("base", "variant")  # keywords of `load`
 
 
 def add_commands(subparsers: Any) -> None:
@@ -59,21 +76,38 @@ def add_commands(subparsers: Any) -> None:
             nargs="*",
             help="what the clip shows, in quotes; each prompt is a clip; - reads lines from stdin, @FILE from a file",
         )
-        names = [n for n in TYPES if command is image or n not in ("fit", "last_frame_until")]
-        for name in [f.name for f in fields(Request) if f.name in names]:
-            _add_flag(command, name)
-        command.add_argument("--size", type=_size, metavar="WxH", help="width and height at once")
+        of_images = ("last_frame_until", "image_latent_scale")
+        add_request_flags(command, [n for n in TYPES if command is image or n not in of_images])
         if command is image:
-            command.add_argument("--first-frame", metavar="IMG", help=HELP["first_frame"])
-            command.add_argument("--last-frame", metavar="IMG", help=HELP["last_frame"])
-            command.add_argument(
-                "--keyframe", dest="keyframes", type=_keyframe, action="append", metavar="K=IMG", help=HELP["keyframes"]
-            )
-        _add_run_flags(command)
+            add_image_flags(command)
+        add_habit_flags(command)
+        add_run_flags(command)
+        command.add_argument("--dry-run", action="store_true", help="only say what it needs, as videogen plan does")
         command.set_defaults(run=run)
 
 
-def _add_flag(command: argparse.ArgumentParser, name: str) -> None:
+def add_request_flags(command: argparse.ArgumentParser, names: Iterable[str] = tuple(TYPES), **options: Any) -> None:
+    """Flags for fields of Request. With default=argparse.SUPPRESS only those given are in the arguments."""
+    add_flags(command, names, **options)
+    command.add_argument("--size", type=size, metavar="WxH", help="width and height at once")
+    command.add_argument("--seconds", type=float, metavar="X", help="length of the clip, in place of --frames")
+
+
+def add_flags(command: argparse.ArgumentParser, names: Iterable[str], **options: Any) -> None:
+    """Flags for these fields of Request, in the order of the fields."""
+    for name in [f.name for f in fields(Request) if f.name in names]:
+        _add_flag(command, name, **options)
+
+
+def add_image_flags(command: argparse.ArgumentParser, **options: Any) -> None:
+    add = command.add_argument
+    add("--first-frame", metavar="IMG", help=HELP["first_frame"], **options)
+    add("--last-frame", metavar="IMG", help=HELP["last_frame"], **options)
+    many: dict[str, Any] = {"dest": "keyframes", "type": keyframe, "action": "append", "metavar": "K=IMG"}
+    add("--keyframe", help=HELP["keyframes"], **many | options)
+
+
+def _add_flag(command: argparse.ArgumentParser, name: str, **given: Any) -> None:
     flags = ["--" + name.replace("_", "-"), *ALIASES.get(name, [])]
     default = getattr(Request(), name)
     note = "" if default in (None, "", False) else f" (default {default})"
@@ -85,12 +119,39 @@ def _add_flag(command: argparse.ArgumentParser, name: str) -> None:
             "type": TYPES[name],
             "metavar": METAVARS.get(name) or {int: "N", float: "X", str: "TEXT"}[TYPES[name]],
         }
-    command.add_argument(*flags, **options)
+    if name == "use_dynamic_cfg":
+        options |= {"nargs": "?", "const": True}
+    command.add_argument(*flags, **(options | given))
 
 
-def _add_run_flags(command: argparse.ArgumentParser) -> None:
+def add_habit_flags(command: argparse.ArgumentParser) -> None:
+    """Settings by name, better prompts, and several seeds: what becomes a request before it is checked."""
     add = command.add_argument
-    add("--model", default="tiny", help="tiny (bundled), a folder, or org/name[@revision]")
+    add("-n", "--num", type=int, default=1, metavar="N", help="clips per prompt, with the seeds s, s+1, … (default 1)")
+    add("--style", metavar="NAME", help="words for a look, put behind the prompt (docs/prompts.md lists them)")
+    add("--styles", metavar="FILE", help="YAML file with more styles")
+    add("--preset", metavar="NAME", help="draft, balanced or quality: settings at once; flags win")
+    add(
+        "--enhance",
+        nargs="?",
+        const="template",
+        metavar="HOW",
+        help="a richer prompt: =template (the default), =local:FOLDER (a chat model), =URL (OpenAI-compatible)",
+    )
+
+
+def card_of_model(args: argparse.Namespace) -> Card:
+    """The card of `--model`, from small files and headers alone."""
+    path = find_model(args.model, offline=args.offline, weights=False)
+    return open_card(path, base=args.base, variant=args.variant, offline=args.offline, weights=False)
+
+
+def add_run_flags(command: argparse.ArgumentParser) -> None:
+    """Which model, how it runs, and where clips go."""
+    add = command.add_argument
+    add("--model", default="tiny", help="tiny (bundled), a folder, a .safetensors file, or org/name[@revision]")
+    add("--base", metavar="MODEL", help="of a .safetensors file: where the parts it lacks come from (docs/formats.md)")
+    add("--variant", metavar="NAME", help="of such a file: the published model it is like, if shapes cannot tell")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="auto", help="auto, float32, bfloat16, float16 or float64")
     add(
@@ -101,7 +162,10 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
     add("--kernel", default="auto", help="attention: auto, or a name (docs/dit_speed.md); int8 is lossy")
     add("--quantize", metavar="FORMAT", help="linear maps in 8 bits: fp8 or int8 (lossy)")
     add("--compile", action="store_true", help="torch.compile for the transformer's blocks")
+    lora: dict[str, Any] = {"type": split_scale, "action": "append", "metavar": "PATH[:SCALE]"}
+    add("--lora", help="a LoRA file and how much it counts; several add up (docs/lora.md)", **lora)
     add("--offline", action="store_true", help="never use the network")
+    add("--verify", action="store_true", default=None, help="compare the model's files with their hashes first")
     add("--out", metavar="PATH|DIR", help=f"a file ({', '.join(FORMATS)}) or a folder (default outputs/)")
     add("--overwrite", action="store_true", help="replace an existing file")
     add("--crf", type=int, default=17, metavar="N", help="H.264 quality, 0 best to 51 (default 17)")
@@ -111,10 +175,22 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
     add("--config", nargs="+", metavar="FILE", help="YAML file with these settings, then key=value...; flags win")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One clip to be made: a checked request, its file, and what the recipe says beside the request.
+
+    `item`: the request is a batch, of which only this clip is kept.
+    """
+
+    request: Request
+    path: Path
+    notes: dict[str, Any] = field(default_factory=dict)
+    item: int | None = None
+
+
 @one_voice()
 def run(args: argparse.Namespace) -> None:
     """Check all requests and outputs, then load the model once and make the clips in turn."""
-    rank, processes = launched()
     images = getattr(args, "first_frame", None), getattr(args, "last_frame", None), getattr(args, "keyframes", None)
     if args.command in ("image-to-video", "i2v") and not any(images):
         raise InvalidRequest(
@@ -123,7 +199,12 @@ def run(args: argparse.Namespace) -> None:
             hint="--first-frame IMAGE, or videogen text-to-video",
             param="first_frame",
         )
-    prompts = list(_prompts(args.prompt))
+    if args.dry_run:
+        from videogen.cli import plan
+
+        plan.run(args)
+        return
+    prompts = list(prompts_of(args.prompt))
     if not prompts and not any(images):
         raise InvalidRequest(
             "there is no prompt.",
@@ -131,69 +212,171 @@ def run(args: argparse.Namespace) -> None:
             hint=f"videogen {args.command} 'a red circle moves right'",
             param="prompt",
         )
-    prompts = prompts or [""]
+    check_run_flags(args)
+    card = card_of_model(args)
+    given = keywords(args) | frames_of(args, card)
+    made = [Request(prompt, **given) for prompt in prompts or [""]]
+    for request in made if args.enhance else ():
+        request.checked(card)  # before an enhancer is asked
+    worded = list(reworded(made, args.enhance, args.style, args.styles))
+    requests, notes = several([(request.checked(card), note) for request, note in worded], args.num)
+    paths = outputs(args, requests)
+    pipe = open_model(args, card, requests)
+    for request, path, note in zip(requests, paths, notes, strict=True):
+        made_clip = make_clip(pipe, Job(request=request, path=path, notes=note), args)
+        if launched()[0] == 0:
+            print(json.dumps(made_clip) if args.json else made_clip["path"], flush=True)
+
+
+def frames_of(args: argparse.Namespace, card: Card) -> dict[str, Any]:
+    """`--seconds` as the number of frames nearest to it that the model makes."""
+    if args.seconds is None:
+        return {}
+    if getattr(args, "num_frames", None) is not None:
+        raise InvalidRequest("--seconds is given beside --frames.", why="both are the length.", hint="one of them")
+    return {"num_frames": frames_in(args.seconds, getattr(args, "fps", None), card)}
+
+
+def frames_in(seconds: float | int, fps: float | int | None, card: Card) -> int:
+    """The first frame is at 0 s."""
+    if not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
+        raise InvalidRequest(
+            f"seconds is {seconds}.", why="it is the length of the clip.", hint="--seconds 6", param="num_frames"
+        )
+    return card.frames.nearest(round(seconds * (fps or card.fps)) + 1)
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
     if not 0 <= args.crf <= 51:
         raise InvalidRequest(f"crf is {args.crf}.", why="it goes from 0 (best) to 51.", hint="--crf 17", param="crf")
-    card = read_card(find_model(args.model, offline=args.offline, weights=False))
-    requests = [Request(prompt, **_keywords(args)).checked(card) for prompt in prompts]
-    paths = _outputs(args, prompts)
+    if getattr(args, "num", 1) < 1:
+        raise InvalidRequest(f"num is {args.num}.", why="it is a count of clips.", hint="-n 4", param="num")
 
-    quiet = args.quiet or rank > 0
-    say = (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr))
-    say(f"loading {card.name}")
+
+def reworded(
+    requests: Iterable[Request], enhance: str | None, style: str | None, styles: str | None = None
+) -> Iterator[tuple[Request, dict[str, Any]]]:
+    """Each request with its prompt enhanced and in a style, and a note for the recipe of what was changed."""
+    if not style and not enhance:
+        yield from ((request, {}) for request in requests)
+        return
+    from videogen.enhance import enhancer
+    from videogen.styles import find_style
+
+    look = find_style(style, styles) if style else None
+    better = enhancer(enhance) if enhance else None
+    for request in requests:
+        prompt, negative = request.prompt, request.negative_prompt
+        note: dict[str, Any] = {}
+        if better:
+            prompt = better(prompt, seed=request.seed)
+            note |= {"original_prompt": request.prompt, "enhanced_by": better.name, "enhanced_prompt": prompt}
+        if look:
+            prompt, negative = look.applied(prompt, negative)
+            note |= {"original_prompt": request.prompt, "style": style}
+        yield replace(request, prompt=prompt, negative_prompt=negative), note
+
+
+def several(made: Iterable[tuple[Request, dict[str, Any]]], count: int) -> tuple[list[Request], list[dict[str, Any]]]:
+    """Each request `count` times, with the seeds s, s + 1, … of a request of seed s; the notes go with them."""
+
+    def seeds(seed: Any, k: int) -> Any:
+        return [one + k for one in seed] if isinstance(seed, list | tuple) else seed + k
+
+    pairs = [(replace(r, seed=seeds(r.seed, k)), note) for r, note in made for k in range(count)]
+    return [request for request, _ in pairs], [note for _, note in pairs]
+
+
+def open_model(args: argparse.Namespace, card: Card, requests: Iterable[Request]) -> Any:
+    """The pipeline the flags ask for, on all processes of torchrun; `requests` say whether there will be guidance."""
+    for lora in open_loras(args.lora):
+        check_fit(lora.file, card.dit, card.name)
+    say(args, f"loading {card.name}")
     import videogen
 
     mesh = None
-    if processes > 1:
+    if launched()[1] > 1:
         from videogen.distributed.mesh import make_mesh, start
 
         start(args.device)
         is_guided = any((request.guidance_scale or 0) > 1 for request in requests)
         mesh = make_mesh(card.dit.num_attention_heads, is_guided=is_guided)
-    names = ("device", "dtype", "memory", "kernel", "quantize", "compile", "offline")
-    pipe = videogen.load(args.model, **{name: getattr(args, name) for name in names})
+    pipe = videogen.load(args.model, **{name: getattr(args, name) for name in LOAD})
+    if note := getattr(pipe, "memory_note", ""):
+        say(args, note)
     if mesh is not None:
         from videogen.distributed.parallel import parallel
 
         pipe = parallel(pipe, mesh)
-    for request, path in zip(requests, paths, strict=True):
-        started = time.monotonic()
-        frames, height, width = request.size
-        steps, seed = request.num_inference_steps, request.seed
-        say(f"{request.prompt!r}: {width}x{height}, {frames} frames, {steps} steps, seed {seed}")
-        progress = None if quiet else Progress()
-        try:
-            keywords = {f.name: getattr(request, f.name) for f in fields(Request)}
-            keywords |= {"on_step": progress, "out": None if rank else _writer(path, args)}
-            video = pipe.generate(keywords.pop("prompt"), **keywords)
-        finally:
-            if progress:
-                progress.close()
-        if rank:
-            continue
-        seconds = time.monotonic() - started
-        say(f"done in {duration(seconds)}")
-        row = {"path": str(video.path), "seed": video.seed, "settings": video.settings, "seconds": round(seconds, 3)}
-        print(json.dumps(row) if args.json else video.path, flush=True)
+    return pipe
 
 
-def _writer(path: Path, args: argparse.Namespace) -> Callable[..., Path]:
+def make_clip(pipe: Any, job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Make one clip and write its file; returns what `--json` prints: path, seed, settings, seconds."""
+    rank, request = launched()[0], job.request
+    started = time.monotonic()
+    frames, height, width = request.size
+    prompt = request.prompt if job.item is None else request.prompt[job.item]
+    say(
+        args, f"{prompt!r}: {width}x{height}, {frames} frames, {request.num_inference_steps} steps, seed {request.seed}"
+    )
+    if len(pipe.windows(request)) > 1:
+        native, name = pipe.card.native_frames, pipe.card.name
+        say(args, f"note: more than {name} makes at once: overlapping windows of {native} frames; it may drift")
+    progress = None if is_quiet(args) else Progress()
+    out: Any = None if rank else Writer(job.path, job.notes, args.crf, args.overwrite, not args.no_metadata)
+    if job.item is not None and not rank:
+        out = [out if item == job.item else partial(_discard, item) for item in range(request.batch_size)]
+    try:
+        asked = {f.name: getattr(request, f.name) for f in fields(Request)} | {"on_step": progress, "out": out}
+        video = pipe.generate(asked.pop("prompt"), **asked)
+    finally:
+        if progress:
+            progress.close()
+    video = video if job.item is None else video[job.item]
+    seconds = time.monotonic() - started
+    say(args, f"done in {duration(seconds)}")
+    settings = without_images(video.settings | job.notes)
+    return {"path": str(video.path), "seed": video.seed, "settings": settings, "seconds": round(seconds, 3)}
+
+
+def is_quiet(args: argparse.Namespace) -> bool:
+    return args.quiet or launched()[0] > 0
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """To people, who read stderr."""
+    if not is_quiet(args):
+        print(text, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Writer:
     """`write_video` as the flags want it: what `generate` puts its frames into as they are decoded."""
 
-    def write(chunks: Iterable[Any], fps: float | int, *, recipe: dict[str, Any]) -> Path:
+    path: Path
+    notes: dict[str, Any]  # what the recipe has beside the request
+    crf: int
+    overwrite: bool
+    metadata: bool
+
+    def __call__(self, chunks: Iterable[Any], fps: float | int, *, recipe: dict[str, Any]) -> Path:
         from videogen.data.video import write_video
 
-        kept = None if args.no_metadata else recipe
-        return write_video(path, chunks, fps, recipe=kept, crf=args.crf, overwrite=args.overwrite)
-
-    return write
+        kept = recipe | self.notes if self.metadata else None
+        return write_video(self.path, chunks, fps, recipe=kept, crf=self.crf, overwrite=self.overwrite)
 
 
-def _keywords(args: argparse.Namespace) -> dict[str, Any]:
+def _discard(item: int, chunks: Iterable[Any], fps: float | int, *, recipe: dict[str, Any]) -> Path:
+    """In the place of a writer, for a clip of a batch that nobody wants: it is not even decoded."""
+    return Path(os.devnull)
+
+
+def keywords(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments as keywords of Request."""
     keywords = {name: getattr(args, name) for name in (*TYPES, *IMAGES) if hasattr(args, name)}
     if args.size:
-        if keywords["width"] or keywords["height"]:
+        if keywords.get("width") or keywords.get("height"):
             raise InvalidRequest(
                 "--size is given beside --width or --height.", why="it sets both.", hint="--size alone"
             )
@@ -206,13 +389,13 @@ def _keywords(args: argparse.Namespace) -> dict[str, Any]:
     return keywords
 
 
-def _outputs(args: argparse.Namespace, prompts: list[str]) -> list[Path]:
+def outputs(args: argparse.Namespace, requests: list[Request]) -> list[Path]:
     """Where each clip goes, refused now rather than after the work if it cannot."""
     out = Path(args.out or "outputs")
     if args.out and out.suffix and not out.is_dir() and not args.out.endswith(os.sep):
-        if len(prompts) > 1:
+        if len(requests) > 1:
             raise InvalidRequest(
-                f"--out names one file for {len(prompts)} clips.",
+                f"--out names one file for {len(requests)} clips.",
                 why="each clip is a file.",
                 hint="--out FOLDER",
                 param="out",
@@ -221,12 +404,12 @@ def _outputs(args: argparse.Namespace, prompts: list[str]) -> list[Path]:
         return [out]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     paths: list[Path] = []
-    for prompt in prompts:
-        stem = f"{stamp}_{slug(prompt)}_s{args.seed}"
+    for request in requests:
+        stem = f"{stamp}_{slug(request.prompt)}_s{request.seed}"
         taken = {path.name for path in (*paths, *out.glob(f"{stem}*"))}
         names = (f"{stem}{suffix}.mp4" for suffix in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
         paths.append(out / next(name for name in names if name not in taken))
-    return paths
+    return [check_output(path) for path in paths]
 
 
 def slug(text: str, length: int = 40) -> str:
@@ -241,7 +424,7 @@ def slug(text: str, length: int = 40) -> str:
     return words or "clip"
 
 
-def _prompts(given: list[str]):
+def prompts_of(given: list[str]):
     for prompt in given:
         if prompt == "-":
             if launched()[1] > 1:
@@ -253,24 +436,19 @@ def _prompts(given: list[str]):
                 )
             yield from filter(None, map(str.strip, sys.stdin))
         elif prompt.startswith("@"):
-            try:
-                yield from filter(None, map(str.strip, Path(prompt[1:]).read_text(encoding="utf-8").splitlines()))
-            except (OSError, UnicodeDecodeError) as error:
-                raise InvalidRequest(
-                    f"{prompt[1:]} cannot be read.", why=str(error), hint="@FILE with a prompt per line."
-                ) from error
+            yield from read_lines(prompt[1:])
         else:
             yield prompt
 
 
-def _size(text: str) -> tuple[int, int]:
+def size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)[xX×](\d+)", text)
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 720x480")
     return int(found[1]), int(found[2])
 
 
-def _keyframe(text: str) -> tuple[int, str]:
+def keyframe(text: str) -> tuple[int, str]:
     index, equals, path = text.partition("=")
     if not equals or not index.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not K=IMAGE, such as 8=middle.png")
@@ -290,6 +468,17 @@ def config_flags(path: str, *pairs: str) -> list[str]:
                 param="config",
             )
         values[name] = value
+    return _as_flags(values)
+
+
+def preset_flags(name: str, model: str) -> list[str]:
+    """`--preset NAME` as the flags it stands for; placed before all others, which then win."""
+    from videogen.styles import find_preset
+
+    return _as_flags(find_preset(name, model))
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
         flag = "--" + name.replace("_", "-")
@@ -297,8 +486,10 @@ def config_flags(path: str, *pairs: str) -> list[str]:
             flags += value if isinstance(value, list) else [value]
         elif name == "keyframes" and isinstance(value, dict):
             flags += [f"--keyframe={index}={image}" for index, image in value.items()]
-        elif value is True or value == "true":
-            flags.append(flag)
+        elif name == "lora" and isinstance(value, list):
+            flags += [f"--lora={one}" for one in value]
+        elif value is True or value == "true":  # what may take a word would take the prompt that follows
+            flags.append(f"{flag}=diffusers" if name == "use_dynamic_cfg" else flag)
         elif value is not None and value is not False and value != "false":
             flags.append(f"{flag}={value}")
     return flags

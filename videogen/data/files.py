@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 
 from videogen.errors import FileError, InvalidRequest
 
 FORMATS = (".mp4", ".gif", ".webp", ".png")
+LATENTS = ".latents.safetensors"  # behind a clip's name: the latents it was to be decoded from
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     """Refuse an unknown format or an existing clip, before any work is done; returns the file or folder to be made."""
     path = Path(path)
+    if "\0" in str(path):
+        raise InvalidRequest(
+            "a file name has a zero byte in it.", why="no file can.", hint="--out clip.mp4", param="out"
+        )
     if path.suffix.lower() not in FORMATS:
         raise InvalidRequest(
             f"{path.name!r} is no known kind of clip.",
@@ -23,11 +30,31 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> Path:
     target = path
     if path.suffix.lower() == ".png":
         target = path.parent if "%" in path.name else path.with_suffix("")
-    if target.exists() and not overwrite:
+        if "%" in path.name and not re.fullmatch(r"[^%]*%(0?[1-9])?d[^%]*", path.name):
+            raise InvalidRequest(
+                f"{path.name!r} is no pattern of frame names.",
+                why="one %d, or %03d for three digits, stands for the frame's number.",
+                hint="--out frames/%04d.png",
+                param="out",
+            )
+    try:
+        exists = target.exists()
+    except OSError as error:
+        why = error.strerror or "the system refuses it."
+        raise FileError("no file can be called that.", why=why, hint="a shorter name.", param="out") from error
+    if exists and not overwrite:
         raise FileError(
             f"{target} exists already.",
             why="a clip is never overwritten unasked.",
             hint="--overwrite (overwrite=True in Python), or another name",
+            param="out",
+        )
+    home = next((folder for folder in target.parents if folder.exists()), Path())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise FileError(
+            f"nothing can be written in {home}.",
+            why="it is read-only, or somebody else's." if home.is_dir() else "it is no folder.",
+            hint="--out with another place",
             param="out",
         )
     return target
@@ -42,7 +69,28 @@ def local(path: str | Path, *, param: str | None = None) -> Path:
             hint="download it and give its path.",
             param=param,
         )
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InvalidRequest(f"{path} does not exist.", why="no such file.", hint="check the path.", param=param)
+    try:
+        path = Path(path).expanduser()
+        mode = path.stat().st_mode
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a zero byte in it, `~` and nobody's name
+        shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:197]}..."
+        raise InvalidRequest(
+            f"{shown!r} does not exist." if "\0" in shown else f"{shown} does not exist.",
+            why="no such file.",
+            hint="check the path.",
+            param=param,
+        ) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for, a device has no end
+        raise InvalidRequest(f"{path} is no file.", why="it is a pipe or a device.", hint="give a file.", param=param)
     return path
+
+
+def read_lines(path: str | Path, *, limit: int = 4 * 2**20) -> list[str]:
+    """The lines of a small text file, without those that are empty."""
+    path = local(path)
+    try:
+        if path.stat().st_size > limit:
+            raise ValueError(f"it has {path.stat().st_size / 2**20:.0f} MiB; {limit / 2**20:.0f} MiB are read at most")
+        return [line for line in map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()) if line]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} cannot be read.", why=str(error), hint="a text file in UTF-8.") from error

@@ -24,13 +24,24 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
 from videogen.data.files import check_output, local
-from videogen.errors import FileError, InvalidRequest, NumericalError
+from videogen.errors import FileError, InvalidRequest, NumericalError, VideogenError
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 PICTURES = (".gif", ".webp", ".png")  # what Pillow opens; the rest is for PyAV
 BT709 = 1  # the number of BT.709 in H.264's tables of primaries, transfer and matrix
 LIMITED = 1  # AVCOL_RANGE_MPEG: luma 16..235
 DESCRIPTION = 0x010E  # EXIF ImageDescription: where webp keeps the recipe
+# What is opened, of all that Pillow and FFmpeg could: no format that runs a program, or names other files or addresses.
+PICTURE_KINDS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+CLIP_KINDS = "mov,matroska,webm,avi,mpegts,mpeg,ogg,flv"
+CODECS = """
+    h264 hevc vp8 vp9 av1 mpeg4 mpeg2video mpeg1video mjpeg ffv1 prores rawvideo theora png huffyuv ffvhuff utvideo
+    qtrle dnxhd vc1 wmv3 flv1 h263 msmpeg4v3
+""".split()  # noqa: SIM905
+MOST_PIXELS = 50_000_000  # of one picture, 8660 x 5773: known from its header, before it is decoded
+MOST_IN_FRAME = 17_000_000  # of a frame of a clip: twice 4K
+MOST_IN_CLIP = 600_000_000  # of all frames together: 72 frames of 4K, and 1.8 GB
+RECIPE_LIMIT = 16 * 2**20  # bytes; a recipe is a few kB, and more with pictures inside
 
 
 class Video:
@@ -97,27 +108,37 @@ def write_video(
     *,
     recipe: dict[str, Any] | None = None,
     crf: int = 17,
+    loop: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Write `[F, H, W, 3]` frames, or an iterator of such chunks as they are decoded, and return where the clip is.
 
     The format is the ending of `path`. `clip.png` makes the folder `clip/` with `0000.png` and so on; `there/%03d.png`
     sets the names. The clip is written under a temporary name in the same folder and renamed when complete: an error
-    or an interrupt leaves nothing behind.
+    or an interrupt leaves nothing behind. `loop`: how often gif and webp play, 0 for ever.
     """
     path = Path(path)
-    target = check_output(path, overwrite=overwrite)
     chunks = (to_uint8(chunk) for chunk in ([frames] if isinstance(frames, np.ndarray) else frames))
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path, overwrite=overwrite) as part:
         if path.suffix.lower() == ".mp4":
             _write_mp4(part, chunks, fps, recipe, crf)
         elif path.suffix.lower() == ".png":
             _write_png(part, path.name if "%" in path.name else "%04d.png", chunks, recipe)
         else:
-            _write_animation(part, path.suffix.lower(), chunks, fps, recipe)
+            _write_animation(part, path.suffix.lower(), chunks, fps, recipe, loop)
+    return check_output(path, overwrite=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary name beside the clip, which takes its place when the block ends well and is removed otherwise."""
+    target = check_output(path, overwrite=overwrite)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
         check_output(path, overwrite=overwrite)  # somebody else may have made it meanwhile
+        _sync(part)
         _into_place(part, target)
     except OSError as error:  # PyAV's errors are among them
         raise FileError(
@@ -128,7 +149,6 @@ def write_video(
         ) from error
     finally:
         _remove(part)
-    return target
 
 
 def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: dict[str, Any] | None, crf: int) -> None:
@@ -136,8 +156,7 @@ def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: d
 
     # faststart: the index first, so that players start at once; use_metadata_tags: keys beyond the usual few are kept.
     with av.open(part, "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as file:
-        if recipe is not None:
-            file.metadata.update(dict.fromkeys(("videogen", "comment"), json.dumps(recipe)))
+        file.metadata.update(tags(recipe))
         stream = None
         for index, picture in enumerate(picture for chunk in chunks for picture in chunk):
             if stream is None:
@@ -168,8 +187,18 @@ def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: d
         file.mux(stream.encode())
 
 
-def _write_animation(part: Path, suffix: str, chunks: Iterator[Frames], fps: float | int, recipe: dict | None) -> None:
-    """Both formats join equal neighbours into one longer frame; gif counts time in hundredths of a second."""
+def tags(recipe: dict[str, Any] | None) -> dict[str, str]:
+    """The metadata of an mp4: the recipe for us, and without pictures as the comment that every player shows."""
+    return {} if recipe is None else {"videogen": json.dumps(recipe), "comment": json.dumps(_lean(recipe))}
+
+
+def _write_animation(
+    part: Path, suffix: str, chunks: Iterator[Frames], fps: float | int, recipe: dict | None, loop: int
+) -> None:
+    """Both formats join equal neighbours into one longer frame; gif counts time in hundredths of a second.
+
+    A palette for each frame: on a smooth picture one for all of FFmpeg's making is larger and 4 dB worse.
+    """
     import imageio.v3 as iio
     from PIL import Image
 
@@ -177,8 +206,10 @@ def _write_animation(part: Path, suffix: str, chunks: Iterator[Frames], fps: flo
     if not pictures:
         raise _no_frames()
     text = None if recipe is None else json.dumps(recipe)
-    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0}
+    options: dict[str, Any] = {"duration": 1000 / fps} | _looped(suffix, loop)
     if suffix == ".gif":
+        ends = [round(100 * (k + 1) / fps) for k in range(len(pictures))]
+        options["duration"] = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]  # sums up
         options |= {} if text is None else {"comment": text.encode()}
     else:
         exif = Image.Exif()
@@ -188,18 +219,40 @@ def _write_animation(part: Path, suffix: str, chunks: Iterator[Frames], fps: flo
     part.write_bytes(iio.imwrite("<bytes>", np.stack(pictures), extension=suffix, plugin="pillow", **options))
 
 
+def _looped(suffix: str, times: int) -> dict[str, int]:
+    """gif says how often it plays again, and nothing for once; webp how often it plays."""
+    if suffix == ".gif" and times:
+        return {} if times == 1 else {"loop": times - 1}
+    return {"loop": times}
+
+
 def _write_png(part: Path, pattern: str, chunks: Iterator[Frames], recipe: dict | None) -> None:
     import imageio.v3 as iio
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
-    if recipe is not None:
-        info.add_text("videogen", json.dumps(recipe))
     part.mkdir()
     for index, picture in enumerate(picture for chunk in chunks for picture in chunk):
+        info = PngInfo()
+        if recipe is not None:
+            info.add_text("videogen", json.dumps(_lean(recipe) if index else recipe))
         iio.imwrite(part / (pattern % index), picture, plugin="pillow", pnginfo=info)
     if not any(part.iterdir()):
         raise _no_frames()
+
+
+def _lean(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without the pictures inside it: for where a copy for other tools is enough."""
+    return {name: value for name, value in recipe.items() if name != "images"}
+
+
+def _sync(part: Path) -> None:
+    """To the disk, so that the rename cannot arrive there before what it names."""
+    for path in [*part.iterdir(), part] if part.is_dir() else [part]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _into_place(part: Path, target: Path) -> None:
@@ -244,15 +297,14 @@ def read_video(path: str | Path, *, limit: int | None = None) -> tuple[Frames, f
     try:
         if path.is_dir():
             pictures = sorted(p for p in path.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-            frames, fps = [np.asarray(read_image(p)) for p in pictures[:limit]], None
+            frames, fps = _within((np.asarray(read_image(p)) for p in pictures[:limit]), path), None
         elif path.suffix.lower() in PICTURES:
             frames, fps = _read_animation(path, limit)
         else:
-            import imageio.v3 as iio
-
-            frames = list(islice(iio.imiter(path, plugin="pyav", format="rgb24"), limit))
-            fps = float(iio.immeta(path, plugin="pyav")["fps"])
+            frames, fps = _read_stream(path, limit)
         return np.stack(frames), fps
+    except VideogenError:
+        raise
     except Exception as error:  # decoders raise their own kinds
         raise FileError(
             f"{path} cannot be read as a clip.",
@@ -263,14 +315,102 @@ def read_video(path: str | Path, *, limit: int | None = None) -> tuple[Frames, f
 
 def _read_animation(path: Path, limit: int | None) -> tuple[list[np.ndarray], float | None]:
     """By Pillow itself, since imageio does not pass on how long a webp frame lasts."""
-    from PIL import Image, ImageSequence
+    from PIL import ImageSequence
 
-    with Image.open(path) as image:
+    with open_picture(path) as image:
+        count = min(getattr(image, "n_frames", 1), limit or MOST_IN_CLIP)
+        _check_size(path, image.width, image.height, count)
         frames, milliseconds = [], 0
         for picture in islice(ImageSequence.Iterator(image), limit):
             frames.append(np.asarray(picture.convert("RGB")))
             milliseconds += picture.info.get("duration", 0)
     return frames, 1000 * len(frames) / milliseconds if milliseconds else None
+
+
+def _read_stream(path: Path, limit: int | None) -> tuple[list[np.ndarray], float | None]:
+    with open_clip(path) as file:
+        stream = file.streams.video[0]
+        count = stream.frames or int((file.duration or 0) / 1e6 * float(stream.guessed_rate or 0)) or 1
+        _check_size(path, stream.width, stream.height, min(count, limit or count))
+        pictures = (frame.to_ndarray(format="rgb24") for frame in islice(file.decode(video=0), limit))
+        return _within(pictures, path), float(stream.guessed_rate) if stream.guessed_rate else None
+
+
+def clip_facts(path: str | Path) -> dict[str, Any]:
+    """Width, height, number of frames and rate of a clip, decoded picture by picture: a long one takes no memory."""
+    path = local(path)
+    if path.is_dir() or path.suffix.lower() in PICTURES:
+        frames, fps = read_video(path)
+        count, height, width = frames.shape[:3]
+        return {"width": width, "height": height, "num_frames": count, "fps": fps}
+    try:
+        with open_clip(path) as file:
+            stream = file.streams.video[0]
+            _check_size(path, stream.width, stream.height, 1)
+            count = sum(1 for _ in file.decode(video=0))
+            rate = float(stream.guessed_rate) if stream.guessed_rate else None
+            return {"width": stream.width, "height": stream.height, "num_frames": count, "fps": rate}
+    except VideogenError:
+        raise
+    except Exception as error:
+        raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def open_clip(path: Path) -> Iterator[Any]:
+    """A clip with PyAV, of `CLIP_KINDS` and `CODECS` only: no playlist, pattern of names or protocol is understood."""
+    import av
+
+    options = {"protocol_whitelist": "file", "format_whitelist": CLIP_KINDS}
+    with av.open(f"file:{path.absolute()}", options=options) as file:
+        for stream in file.streams.video:
+            if stream.codec_context.codec.canonical_name not in CODECS:
+                raise FileError(
+                    f"{path} has video of kind {stream.codec_context.codec.canonical_name}.",
+                    why="only usual kinds of video are decoded.",
+                    hint="an mp4 with H.264.",
+                )
+        yield file
+
+
+@contextlib.contextmanager
+def open_picture(path: Path) -> Iterator[Any]:
+    """A picture with Pillow, of `PICTURE_KINDS` and no larger than `MOST_PIXELS`; only its header is read yet."""
+    from PIL import Image
+
+    try:
+        image = Image.open(path, formats=PICTURE_KINDS)
+    except Image.DecompressionBombError as error:
+        raise _too_large(path) from error
+    with image:
+        _check_size(path, image.width, image.height, 1)
+        yield image
+
+
+def _check_size(path: Path, width: int, height: int, count: int) -> None:
+    pixels = width * height
+    if pixels > MOST_PIXELS or (count > 1 and (pixels > MOST_IN_FRAME or pixels * count > MOST_IN_CLIP)):
+        raise _too_large(path)
+
+
+def _too_large(path: Path) -> FileError:
+    return FileError(
+        f"{path} is too large.",
+        why=f"at most {MOST_PIXELS // 10**6} megapixels in a picture, {MOST_IN_FRAME // 10**6} in a frame of a clip, "
+        f"{MOST_IN_CLIP // 10**6} in all of its frames.",
+        hint="make it smaller, or cut it.",
+    )
+
+
+def _within(pictures: Iterable[np.ndarray], path: Path) -> list[np.ndarray]:
+    """The list of them, given up as soon as it is too large: what a header says need not be true."""
+    frames, pixels = [], 0
+    for picture in pictures:
+        pixels += picture.shape[0] * picture.shape[1]
+        if pixels > MOST_IN_CLIP:
+            raise _too_large(path)
+        frames.append(picture)
+    return frames
 
 
 def read_recipe(path: str | Path) -> dict[str, Any] | None:
@@ -283,8 +423,8 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
     except Exception as error:
         raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
     for text in texts:
-        with contextlib.suppress(ValueError, TypeError):
-            recipe = json.loads(text)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            recipe = json.loads(text) if len(text) <= RECIPE_LIMIT else None
             if isinstance(recipe, dict):
                 return recipe
     return None
@@ -293,13 +433,9 @@ def read_recipe(path: str | Path) -> dict[str, Any] | None:
 def _texts(path: Path) -> list[Any]:
     """Where a recipe may be, best first."""
     if path.suffix.lower() in PICTURES:
-        from PIL import Image
-
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             return [image.info.get("videogen"), image.info.get("comment"), image.getexif().get(DESCRIPTION)]
-    import av
-
-    with av.open(path) as file:
+    with open_clip(path) as file:
         return [file.metadata.get("videogen"), file.metadata.get("comment")]
 
 
@@ -309,23 +445,36 @@ def _texts(path: Path) -> list[Any]:
 def read_image(image: Any) -> Any:
     """A path, PIL image, array `[H, W, 3]` or tensor `[3, H, W]` as an RGB `PIL.Image`.
 
-    Turned as its EXIF tag says; transparency is laid on white. Floats are in [0, 1] and rounded to bytes.
+    Turned as its EXIF tag says; transparency is laid on white; 16 bits become 8. Floats are in [0, 1] and rounded.
+    Raises FileError for a file or PIL image that cannot be decoded, InvalidRequest for an array of another kind.
     """
+    from PIL import Image
+
+    if not isinstance(image, str | Path | Image.Image):
+        return Image.fromarray(to_uint8(_array(image)))
+    path = local(image) if isinstance(image, str | Path) else None
+    try:
+        if path is None:
+            return _rgb(image)
+        with open_picture(path) as file:
+            return _rgb(file)
+    except VideogenError:
+        raise
+    except Exception as error:  # decoders raise their own kinds
+        raise FileError(
+            f"{path or 'a picture'} cannot be read as an image.", why=str(error), hint="a PNG, JPEG or WebP file."
+        ) from error
+
+
+def _rgb(image: Any) -> Any:
+    """A PIL image as people see it: upright, on white, 8 bits a colour."""
     from PIL import Image, ImageOps
 
-    if isinstance(image, str | Path):
-        path = local(image)
-        try:
-            with Image.open(path) as file:
-                file.load()
-                image = file
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise FileError(
-                f"{path} cannot be read as an image.", why=str(error), hint="a PNG, JPEG or WebP file."
-            ) from error
-    if not isinstance(image, Image.Image):
-        return Image.fromarray(to_uint8(_array(image)))
+    image.load()
     image = ImageOps.exif_transpose(image)
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):  # which Pillow would clamp to 255, nearly all white
+        values = np.asarray(image).astype(np.float32) * (1 if image.mode == "F" else 1 / 65535)
+        image = Image.fromarray(to_uint8(np.stack([values] * 3, axis=-1)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

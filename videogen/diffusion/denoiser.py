@@ -40,7 +40,7 @@ def guided(
     guidance_scale: float | Callable[[float], float],
     *,
     dtype: torch.dtype | None = None,
-    in_two: bool = False,
+    in_two: bool | Callable[[], bool] = False,
     down_to: float = -math.inf,
     announce: Announce | None = None,
 ) -> Denoiser:
@@ -49,7 +49,8 @@ def guided(
     A scale of 1 or less means none, and `uncond` is not evaluated; a scale that is a function of time always evaluates
     both. The halves are [uncond, cond] and the difference is taken in float32, both as in diffusers.
 
-    in_two    a call for each half: half the activations at once, the same numbers up to the order of sums in a kernel
+    in_two    a call for each half: half the activations at once, the same numbers up to the order of sums in a kernel;
+              a function is asked before each evaluation
     down_to   below this time `uncond` is not evaluated any more, and the last difference stands for the coming ones
     announce  is told the time and the branches before each evaluation
     """
@@ -64,7 +65,7 @@ def guided(
             output = _evaluate(model, x, t, {"alone": _at(cond, t)}, dtype, announce)
             return output if towards is None else output + (scale - 1) * towards
         without, with_ = {"uncond": _at(uncond, t)}, {"cond": _at(cond, t)}
-        if in_two:
+        if in_two() if callable(in_two) else in_two:
             halves = [_evaluate(model, x, t, half, dtype, announce) for half in (without, with_)]
         else:
             halves = _evaluate(model, torch.cat([x, x]), t, without | with_, dtype, announce).chunk(2)
@@ -74,15 +75,22 @@ def guided(
     return denoise
 
 
-def dynamic_cfg(guidance_scale: float, num_inference_steps: int) -> Callable[[float], float]:
-    """The guidance of diffusers' `use_dynamic_cfg`, wave and all.
+def dynamic_cfg(
+    guidance_scale: float, num_inference_steps: int, *, mode: str = "diffusers", times: Sequence[float] = ()
+) -> Callable[[float], float]:
+    """Guidance that changes over the n steps: 1 + g · (1 - cos(π p⁵)) / 2, where p is how far a clip is.
 
-    Meant as a ramp over the step index, it has always been fed the time 0 … 999: the power of a large negative number
-    makes it jump between 1 and 1 + scale. The published samples were made so (zai-org/CogVideo issue 267): it stays.
+    mode   "diffusers": p = (n - t) / n with the time t, 0 … 999. Far below -1 in most steps, its fifth power makes the
+           guidance jump between 1 and 1 + g. SAT feeds its formula the same number and the published samples were made
+           so (zai-org/CogVideo issue 267): it stays
+           "sat": p = i / n with the step i, 0 … n - 1, as SAT's guider is written: a smooth rise from none
+    times  of the n steps, noisiest first, without the end; only "sat" needs them. A time between two belongs to the
+           step that goes through it
     """
+    n = num_inference_steps
 
     def scale(t: float) -> float:
-        progress = (num_inference_steps - t) / num_inference_steps
+        progress = (n - t) / n if mode == "diffusers" else sum(time > t for time in times) / n
         return 1 + guidance_scale * ((1 - math.cos(math.pi * progress**5.0)) / 2)
 
     return scale

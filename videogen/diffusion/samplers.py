@@ -223,7 +223,7 @@ def load_scheduler(config: dict[str, Any]) -> Any:
     """A fresh scheduler from a `scheduler_config.json`; its `_class_name` may only name a scheduler of diffusers."""
     from diffusers import SchedulerMixin, schedulers
 
-    name = config.get("_class_name", "")
+    name = str(config.get("_class_name", ""))
     found = getattr(schedulers, name, None) if name.endswith("Scheduler") else None
     if not (isinstance(found, type) and issubclass(found, SchedulerMixin)):
         near = get_close_matches(name, [known for known in dir(schedulers) if known.endswith("Scheduler")], n=1)
@@ -233,7 +233,12 @@ def load_scheduler(config: dict[str, Any]) -> Any:
             hint=f"did you mean {near[0]!r}?" if near else "CogVideoXDDIMScheduler is the usual one.",
             param="sampler",
         )
-    return found.from_config(config)  # type: ignore[attr-defined]
+    try:
+        return found.from_config(config)  # type: ignore[attr-defined]
+    except Exception as error:  # each scheduler raises its own kinds
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "fetch or copy scheduler_config.json again."
+        raise InvalidRequest(f"{name} cannot be made of its config.", why=why, hint=hint, param="sampler") from error
 
 
 def scheduler_times(scheduler: Any, num_inference_steps: int) -> list[float]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from videogen.distributed.mesh import Mesh, part_sizes
 from videogen.models.dit import DiT
+from videogen.models.replaced import give_back
 from videogen.types import Conditioning
 
 
@@ -59,9 +60,7 @@ def unsplit_guidance(dit: DiT) -> Mesh:
     """Undo `split_guidance`: the forward that was there. Returns the mesh it had."""
     halves = dit.forward
     assert isinstance(halves, Halves), "what was put in last is taken out first"
-    del dit.forward
-    if dit.forward != halves.forward:
-        dit.forward = halves.forward
+    give_back(dit, "forward", halves.forward)
     return halves.mesh
 
 

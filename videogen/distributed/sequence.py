@@ -21,6 +21,7 @@ from videogen.distributed.mesh import part_sizes
 from videogen.errors import InvalidRequest
 from videogen.models.attention import Attention, Kernel
 from videogen.models.dit import DiT
+from videogen.models.replaced import give_back
 from videogen.types import Tokens
 
 
@@ -88,9 +89,7 @@ def unshard_sequence(dit: DiT) -> DiT:
     for attention in ulysses.attentions:
         assert isinstance(attention.kernel, Exchange)
         attention.kernel = attention.kernel.kernel
-    del dit.run_blocks
-    if dit.run_blocks != ulysses.run_blocks:
-        dit.run_blocks = ulysses.run_blocks
+    give_back(dit, "run_blocks", ulysses.run_blocks)
     return dit
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from videogen.distributed.mesh import part_sizes
 from videogen.models import vae as plain
 from videogen.models.causal import CausalConv3d, Memory
+from videogen.models.replaced import give_back
 from videogen.models.vae import (
     VAE,
     Decoder,
@@ -28,6 +29,7 @@ from videogen.models.vae import (
     LatentNorm,
     VAEOps,
     chunk_plan,
+    decode_plan,
     enlarge_to,
     group_affine,
     group_sums,
@@ -52,9 +54,7 @@ def unsplit_vae(vae: VAE) -> VAE:
     split = getattr(vae._decode, "__self__", None)
     assert isinstance(split, Split), "what was put in last is taken out first"
     for name, loop in (("_encode", split.whole_encode), ("_decode", split.whole_decode)):
-        delattr(vae, name)
-        if getattr(vae, name) != loop:
-            setattr(vae, name, loop)
+        give_back(vae, name, loop)
     return vae
 
 
@@ -105,11 +105,12 @@ class Split:
     def decode(self, latents: Video5D) -> Iterator[Video5D]:
         config = self.vae.config
         b, _, frames, h, w = latents.shape
-        plan = chunk_plan(frames, config.latent_batch_size)
+        plan = decode_plan(config, frames)
         way = self._way(plan, h)
         if way == "time":
             ratio, space = int(config.temporal_compression_ratio), config.spatial_compression
-            lengths = [ratio * (n - n % 2) + n % 2 for n in (stop - start for start, stop in plan)]
+            odd = [(stop - start) % 2 if start == 0 or stop - start > 1 else 0 for start, stop in plan]
+            lengths = [ratio * (stop - start - one) + one for (start, stop), one in zip(plan, odd, strict=True)]
             shapes = [(b, config.out_channels, length, space * h, space * w) for length in lengths]
             chunks = [latents[:, :, start:stop] for start, stop in plan]
             yield from in_time(self.vae.decoder, chunks, shapes, self.group)
@@ -145,6 +146,7 @@ def in_time(
         if rank < running:
             memory.left = rank - 1 if rank else None
             memory.right = rank + 1 if rank + 1 < running else None
+            memory.chunk = first + rank
             own = network(chunks[first + rank], memory)
             memory.finish()
         if first + running < len(chunks):

@@ -20,9 +20,11 @@ class Memory:
 
     past: dict[nn.Module, Tensor] = field(default_factory=dict)
     future: dict[nn.Module, Tensor] = field(default_factory=dict)
+    chunk: int = 0  # which of the clip's chunks is going through
+    last: bool = False  # no chunk comes after this one, so nothing is kept for it
 
     def next_chunk(self) -> Memory:
-        return replace(self, past=self.future, future={})
+        return replace(self, past=self.future, future={}, chunk=self.chunk + 1)
 
     def take(self, module: nn.Module) -> Tensor | None:
         """What `module` kept of the chunk before, None in the first. Freed at once if no backward pass asks again."""
@@ -30,7 +32,8 @@ class Memory:
 
     def keep(self, module: nn.Module, frames: Tensor) -> None:
         """Hand `frames`, the caller's no more, to `module` in the next chunk."""
-        self.future[module] = frames
+        if not self.last:
+            self.future[module] = frames
 
 
 class CausalConv3d(nn.Conv3d):

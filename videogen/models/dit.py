@@ -22,6 +22,7 @@ from videogen.errors import InvalidRequest
 from videogen.models.attention import Attention, Ops
 from videogen.models.positions import (
     learned_table_shape,
+    resized_table,
     rotary_positions,
     rotary_table,
     sincos_table,
@@ -251,7 +252,7 @@ class DiT(nn.Module):
                 return x + self.position_table.to(x.dtype)
         elif config.use_rotary_positional_embeddings:
             return x
-        table = sincos_table(config, f, h, w, x.device, x.dtype)
+        table = (resized_table if config.resize_positions else sincos_table)(config, f, h, w, x.device, x.dtype)
         return torch.cat([x[:, :text_length], x[:, text_length:] + table], dim=1)
 
     def _check_inputs(self, x: Float[Tensor, "b f c h w"], cond: Conditioning) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor
@@ -102,6 +103,28 @@ def sincos_table(
         repeat(y, "y d -> (t y x) d", t=frames, x=columns),
     ]
     return torch.cat(parts, dim=-1)
+
+
+def resized_table(
+    config: DiTConfig,
+    f: int,
+    h: int,
+    w: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Float[Tensor, "n d"]:
+    """The table of the native height and width, stretched to another as CogVideoX-Fun 2B does (aigc-apps/VideoX-Fun).
+
+    Neighbouring rows are mixed linearly, pixel centres kept in place; time is as in `sincos_table`, of any length.
+    """
+    frames, rows, columns = token_grid(config, f, h, w)
+    _, base_rows, base_columns = token_grid(config, f, config.sample_height, config.sample_width)
+    table = sincos_table(config, f, config.sample_height, config.sample_width, device)
+    if (rows, columns) == (base_rows, base_columns):
+        return table.to(dtype)
+    grid = rearrange(table, "(t y x) d -> t d y x", t=frames, y=base_rows)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bilinear", align_corners=False)
+    return rearrange(grid, "t d y x -> (t y x) d").to(dtype)
 
 
 def _sincos(n: int, scale: float, dim: int, device: torch.device | str | None) -> Float[Tensor, "n dim"]:

@@ -5,6 +5,8 @@ The transformer was trained with the padding in its sequence, and T5 ran over th
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -40,7 +42,28 @@ class TextEncoder(nn.Module):
 
     def count_tokens(self, prompt: str) -> int:
         """Tokens of the whole prompt, its end mark included; beyond `max_length` the rest is not read."""
-        return len(self.tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+        return count_tokens(self.tokenizer, prompt)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Tokens of the whole prompt, its end mark included."""
+    return len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
+
+
+def cut_words(tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> list[str]:
+    """The words of a prompt that a model of `max_length` tokens does not read, or not to their end: none if it fits.
+
+    Found by halving: no token reaches over a space, so the words before the cut have the tokens that they have alone.
+    """
+    if count_tokens(tokenizer, prompt) <= max_length:
+        return []
+    words = list(re.finditer(r"\S+", prompt))
+
+    def fits(count: int) -> bool:
+        return count == 0 or count_tokens(tokenizer, prompt[: words[count - 1].end()]) <= max_length
+
+    read = bisect_left(range(len(words) + 1), True, key=lambda count: not fits(count)) - 1
+    return [word.group() for word in words[read:]]
 
 
 def word_tokenizer(vocabulary: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:

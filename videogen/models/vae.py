@@ -100,13 +100,15 @@ class VAE(nn.Module):
     def _encode(self, pixels: Tensor) -> Tensor:
         memory, parts = self.new_memory(), []
         for start, stop in chunk_plan(pixels.shape[2], self.config.frame_batch_size):
+            memory.last = stop == pixels.shape[2]
             parts.append(self.encoder(pixels[:, :, start:stop], memory))
             memory = memory.next_chunk()
         return torch.cat(parts, dim=2)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
         memory = self.new_memory()
-        for start, stop in chunk_plan(latents.shape[2], self.config.latent_batch_size):
+        for start, stop in decode_plan(self.config, latents.shape[2]):
+            memory.last = stop == latents.shape[2]
             yield self.decoder(latents[:, :, start:stop], memory)
             memory = memory.next_chunk()
 
@@ -149,6 +151,22 @@ def chunk_plan(length: int, batch: int) -> list[tuple[int, int]]:
     count = max(length // batch, 1)
     first = length - batch * (count - 1)
     return [(0, first)] + [(first + batch * i, first + batch * (i + 1)) for i in range(count - 1)]
+
+
+def decode_plan(config: VAEConfig, latents: int) -> list[tuple[int, int]]:
+    """(start, stop) of the chunks in which so many latent frames are decoded.
+
+    With `first_latent_alone` the first frame goes alone and the last chunk takes what is left: then every number of
+    latents becomes 4 · (f - 1) + 1 frames, an even one too (`chunk_plan` makes 4 · f of those).
+
+    >>> from dataclasses import replace
+    >>> decode_plan(VAEConfig(), 5), decode_plan(replace(VAEConfig(), first_latent_alone=True), 6)
+    ([(0, 3), (3, 5)], [(0, 1), (1, 3), (3, 5), (5, 6)])
+    """
+    batch = config.latent_batch_size
+    if not config.first_latent_alone:
+        return chunk_plan(latents, batch)
+    return [(0, 1)] + [(start, min(start + batch, latents)) for start in range(1, latents, batch)]
 
 
 def latent_frames(config: VAEConfig, num_frames: int) -> int:
@@ -384,7 +402,11 @@ class UpStage(nn.Module):
     def forward(self, x: Video5D, latents: Video5D, memory: Memory) -> Video5D:
         for resnet in self.resnets:
             x = resnet(x, latents, memory)
-        return x if self.upsample is None else self.ops.upsample(x, self.upsample, self.double_time)
+        if self.upsample is None:
+            return x
+        if self.double_time and x.shape[2] == 1 and memory.chunk > 0:  # one frame stands for itself only at the start
+            return self.ops.upsample(x.repeat(1, 1, 2, 1, 1), self.upsample, False)
+        return self.ops.upsample(x, self.upsample, self.double_time)
 
 
 def group_sums(x: Video5D, groups: int) -> Float[Tensor, "b g 2"]:

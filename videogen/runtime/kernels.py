@@ -47,10 +47,10 @@ def set_kernel(dit: DiT, name: str, *, shape: Shape | None = None) -> DiT:
         kernel = _auto if shape is None else KERNELS[fastest(shape, weight.device, weight.dtype)]()
     elif name in KERNELS:
         kernel = KERNELS[name]()
-        if problem := _problem(kernel, dit.config.attention_head_dim, weight.device, weight.dtype):
+        if found := problem(kernel, dit.config.attention_head_dim, weight.device, weight.dtype):
             raise InvalidRequest(
                 f"the attention kernel {name!r} does not work for {weight.dtype} on {weight.device}.",
-                why=problem,
+                why=found,
                 hint="sdpa, torch's own, works everywhere",
             )
     else:
@@ -86,7 +86,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, *, repeats: 
     for name in MEASURED:
         try:
             kernel = KERNELS[name]()
-            if _problem(kernel, c, device, dtype):
+            if problem(kernel, c, device, dtype):
                 continue
             kernel(q, k_, v)
             times[name] = statistics.median(_milliseconds(kernel, q, k_, v) for _ in range(repeats))
@@ -114,7 +114,7 @@ def _auto(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return KERNELS[fastest((b, heads, s, c), q.device, q.dtype)]()(q, k, v)
 
 
-def _problem(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+def problem(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernel does not work here, or nothing."""
     probe = torch.zeros(1, 1, 8, head_dim, device=device, dtype=dtype)
     try:

@@ -40,11 +40,44 @@ PLANS = {
 }
 
 
-def choose_plan(memory: str | Plan) -> Plan:
-    """The plan of that name, or a plan of one's own. "auto" is the fast one."""
+# What the memory of a stage depends on.
+MATTERS = {
+    "text": ("stages_in_turn", "stream_blocks"),
+    "encode": ("stages_in_turn", "vae_strips", "caches_on_host"),
+    "denoise": ("stages_in_turn", "stream_blocks", "guidance_in_two"),
+    "decode": ("stages_in_turn", "vae_strips", "caches_on_host"),
+}
+
+
+def next_plan(plan: Plan, stage: str) -> Plan | None:
+    """The next plan under which this stage needs less than under `plan`; None if there is none.
+
+    >>> [next_plan(PLANS["balanced"], stage).name for stage in ("denoise", "decode")]
+    ['low', 'minimal']
+    """
+    order = list(PLANS.values())
+    later = order[order.index(plan) + 1 :] if plan in order else order[-1:]
+    differs = (other for other in later if any(getattr(other, x) != getattr(plan, x) for x in MATTERS[stage]))
+    return next(differs, None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no room for a tensor. Imports no torch: the classes are known by name."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
+    )
+
+
+def choose_plan(memory: str | Plan) -> Plan | None:
+    """The plan of that name, or a plan of one's own. None for "auto": it is chosen by what there is."""
     if isinstance(memory, Plan):
         return memory
-    name = "fast" if memory == "auto" else memory
+    if memory == "auto":
+        return None
+    name = memory
     if name not in PLANS:
         raise InvalidRequest(
             f"there is no memory plan {memory!r}.",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from videogen.models.dit import AdaptiveNorm, DiT
+from videogen.models.lora import factors
 from videogen.types import Conditioning
 
 Key = tuple[float, ...]  # the time, and the scalars that join it (`ofs`)
@@ -51,7 +52,8 @@ def cache_modulation(
 def expect(dit: DiT, times: Sequence[float], vectors: Mapping[str, Tensor]) -> None:
     """Compute the rows of all these times at once, before they come one by one. Does nothing without a cache.
 
-    `vectors` are those of the Conditioning that comes with them, of one row each.
+    `vectors` are those of the Conditioning that comes with them, of one row each. Rows of other times are forgotten:
+    the last bits of a row depend on how many are computed with it, and a clip on nothing that was made before it.
     """
     modulation = dit.__dict__.get("modulation")
     if modulation is None or torch.is_grad_enabled():
@@ -60,6 +62,10 @@ def expect(dit: DiT, times: Sequence[float], vectors: Mapping[str, Tensor]) -> N
         modulation.capacity, modulation.made_of = len(times), ()  # a larger table, begun anew
     weight = dit.time_embed.linear_1.weight
     t = torch.tensor(list(times), dtype=torch.float32)
+    keys = modulation.keys(t, Conditioning(vectors=dict(vectors)))
+    if keys != modulation.expected:
+        modulation.places.clear()
+        modulation.expected = keys
     modulation.embed_time(t, Conditioning(vectors=dict(vectors)), weight.device, weight.dtype)
 
 
@@ -84,6 +90,7 @@ class Modulation:
         self.dit, self.capacity = dit, capacity
         self.norms = [module for module in dit.modules() if isinstance(module, AdaptiveNorm)]
         self.places: dict[Key, int] = {}  # oldest first
+        self.expected: list[Key] = []
         self.made_of: tuple = ()
         self.parked_from: torch.device | None = None
         self.told: dict[str, tuple[Tensor, list[float]]] = {}
@@ -140,12 +147,13 @@ class Modulation:
             columns.append(values * len(columns[0]) if len(values) == 1 else values)
         return list(zip(*columns, strict=True))
 
-    def weights(self) -> Iterator[tuple[int, int]]:
-        """What tells that a weight is another, or was changed."""
-        parts = [self.dit.time_embed, self.dit.ofs_embed, *(norm.linear for norm in self.norms)]
-        for part in parts:
-            for p in part.parameters() if part is not None else ():
-                yield p.data_ptr(), 0 if p.is_inference() else p._version
+    def weights(self) -> Iterator[tuple]:
+        """What tells that a weight is another, or was changed, or counts otherwise (that of a LoRA)."""
+        for part in (self.dit.time_embed, self.dit.ofs_embed, *(norm.linear for norm in self.norms)):
+            if part is not None:
+                yield factors(part)
+                for p in part.parameters():
+                    yield p.data_ptr(), 0 if p.is_inference() else p._version
 
 
 def _rows(norm: AdaptiveNorm, time: Tensor) -> Float[Tensor, "rows b d"]:

@@ -49,12 +49,7 @@ class Stages:
     @contextmanager
     def at_work(self, network: Network) -> Iterator[None]:
         """May be nested; the network leaves the device with the outermost."""
-        if not self.plan.stages_in_turn:
-            yield
-            return
-        depth, stack = self._working.get(network, (0, ExitStack()))
-        if not depth:
-            stack.enter_context(on_device(network, self.device, self.dtypes, stream=self.plan.stream_blocks))
+        depth, stack = self._working.get(network) or (0, self._bring(network))
         self._working[network] = depth + 1, stack
         try:
             yield
@@ -64,6 +59,29 @@ class Stages:
             if depth == 1:
                 del self._working[network]
                 stack.close()
+
+    def _bring(self, network: Network) -> ExitStack:
+        """What takes the network off the device again, once it is there."""
+        stack = ExitStack()
+        if self.plan.stages_in_turn:
+            stack.enter_context(on_device(network, self.device, self.dtypes, stream=self.plan.stream_blocks))
+        return stack
+
+    def change(self, plan: Plan, *networks: Network) -> None:
+        """Go over to `plan`, in the middle of a stage too: who is at work goes on working under the new one.
+
+        `networks` are all there are. Where they were always on the device, from now on they wait on the host.
+        """
+        for _, stack in self._working.values():
+            stack.close()
+        if plan.stages_in_turn and not self.plan.stages_in_turn:
+            for network in networks:
+                to_host(network)
+        self.plan = plan
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for network, (depth, _) in list(self._working.items()):
+            self._working[network] = depth, self._bring(network)
 
 
 @contextmanager
@@ -102,6 +120,14 @@ def on_device(
             torch.cuda.empty_cache()  # the next stage wants its memory in other pieces
         elif device.type == "cpu":
             release_pages(list(tensors(network)))
+
+
+@torch.inference_mode(mode=False)
+def to_host(network: Network) -> None:
+    """All weights to the host, for good; those that lie side by side still do."""
+    for span in spans(network, {}):
+        if span.flat.device.type != "cpu":
+            span.point_to(span.flat.to("cpu"))
 
 
 # ---- blocks in a stream ---------------------------------------------------------------------------------------------

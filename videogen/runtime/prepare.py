@@ -35,8 +35,9 @@ def prepare(
     quantize  None, or the linear maps of the blocks in "fp8" or "int8" (lossy, `runtime.quantize`)
     compile   `torch.compile` for the blocks, when they are first called
 
-    What comes later wraps what is there: rows, 8-bit maps, kernel, modulation, compiler. A step cache and many
-    devices (`distributed.parallel`) come after it, weights that stream (`runtime.offload`) when a clip begins.
+    What comes later wraps what is there: rows, 8-bit maps, kernel, modulation, compiler. LoRAs (`models.lora`) come
+    before; a step cache and many devices (`distributed.parallel`) come after, weights that stream (`runtime.offload`)
+    when a clip begins.
     """
     unprepare(dit, vae)
     plan = stages.plan

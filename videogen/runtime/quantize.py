@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from videogen.errors import InvalidRequest
 from videogen.models.dit import Block, DiT
+from videogen.models.lora import has_adapters
 
 MAPS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out", "mlp.up", "mlp.down")
 
@@ -65,6 +66,13 @@ def quantize(dit: DiT, form: str, *, whole_ends: int | None = None) -> DiT:
             f"{torch.cuda.get_device_name(device)} cannot multiply fp8.",
             why="that needs compute capability 8.9 or more (Ada, Hopper, Blackwell).",
             hint='quantize="int8"',
+            param="quantize",
+        )
+    if has_adapters(dit):
+        raise InvalidRequest(
+            "a LoRA beside the weights cannot be quantised.",
+            why="8-bit maps are made of the weights alone, and it would not count.",
+            hint="merge it first: videogen.models.lora.merge(dit)",
             param="quantize",
         )
     restore(dit)
@@ -137,7 +145,7 @@ def _maps(block: nn.Module) -> Iterator[nn.Linear]:
     assert isinstance(block, Block)
     for name in MAPS:
         linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear), f"{name} is {type(linear).__name__}: merge what was put around it first"
+        assert isinstance(linear, nn.Linear), f"{name} is {type(linear).__name__}"
         yield linear
 
 

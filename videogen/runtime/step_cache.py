@@ -26,6 +26,7 @@ from torch import Tensor
 
 from videogen.errors import InvalidRequest
 from videogen.models.dit import DiT
+from videogen.models.replaced import give_back
 from videogen.types import Conditioning, Tokens
 
 EARLY = 800.0  # above this time everything is computed: here the picture is laid out, and errors grow on the way
@@ -162,24 +163,26 @@ def load_curve(folder: str | Path, *, transformer_sha256: str | None) -> Curve:
             hint=how,
             param="step_cache",
         )
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data["transformer_sha256"] != transformer_sha256:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.stat().st_size < 2**20 else {}
+        curve = Curve(tuple(map(float, data["times"])), tuple(map(float, data["magnitudes"])))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InvalidRequest(f"{path} is damaged.", why="it holds no curve.", hint=how, param="step_cache") from error
+    if data.get("transformer_sha256") != transformer_sha256:
         raise InvalidRequest(
             f"{path.name} was measured on other weights than this model has.",
             why="what may be left out is each model's own.",
             hint=how,
             param="step_cache",
         )
-    return Curve(tuple(data["times"]), tuple(data["magnitudes"]))
+    return curve
 
 
 @contextmanager
 def _loop(dit: DiT, run: Callable[[Tokens], Tokens]) -> Iterator[None]:
-    before = dit.__dict__.get("run_blocks")
+    before = dit.run_blocks
     dit.run_blocks = run  # type: ignore[assignment]
     try:
         yield
     finally:
-        del dit.run_blocks
-        if before is not None:
-            dit.run_blocks = before
+        give_back(dit, "run_blocks", before)

@@ -26,11 +26,13 @@ from torch.utils.flop_counter import register_flop_formula
 from videogen.models import vae as plain
 from videogen.models.causal import CausalConv3d, Memory
 from videogen.models.vae import VAE, GroupNorm, LatentNorm, VAEOps, group_affine, set_ops
-from videogen.runtime import has_triton
+from videogen.runtime import has_triton, winograd
 
 Video5D = plain.Video5D
 LAST = torch.channels_last_3d
 BUFFER = {"cpu": 2**24, "cuda": 2**26}  # bytes of a strip, if no number of strips is asked for
+WIDE = 128  # channels from which fewer multiplications pay, and are as exact
+FEW = 768  # values of a channel from which making its matrices pays
 BLOCK = 2**18  # values between passes: few enough for a CPU's caches, enough for its threads
 
 
@@ -63,7 +65,10 @@ def plain_vae(vae: VAE) -> VAE:
 
 
 def conv(x: Video5D, conv: CausalConv3d, memory: Memory) -> Video5D:
-    return plain.conv(x if torch.is_grad_enabled() else laid_out(x), conv, memory)
+    if torch.is_grad_enabled():
+        return plain.conv(x, conv, memory)
+    # Frames kept from a chunk before are laid out otherwise: the result is turned once, not by each row that reads it.
+    return plain.conv(laid_out(x), conv, memory).contiguous(memory_format=LAST)
 
 
 def norm_silu_conv(
@@ -85,9 +90,12 @@ def norm_silu_conv(
     scale = shift = None
     if isinstance(norm, LatentNorm) and latents is not None:
         scale, shift = (part(latents.contiguous(memory_format=LAST)) for part in (norm.scale, norm.shift))
-    taps = paired_taps(conv.weight, frames) if pairs else [(conv.weight, slice(None), slice(None))]
-    kept = taps[0][0].shape[2] - 1
+    kept = 1 if pairs else 2
     past = memory.take(conv)
+    # Fewer multiplications want pictures of whole tiles, and a column of zeros on either side.
+    fewer = pays(x, conv)
+    even = 2 if fewer else 1
+    convolve = (winograd_conv if fewer else direct_conv)(conv, frames, pairs, begins=past is None)
     keep = empty_like_last(x, (batch, channels, kept, height, width)) if past is None else past
     if residual is None or known(residual).pairs:
         out = empty_like_last(x, (batch, conv.out_channels, all_frames(frames) if pairs else frames, height, width))
@@ -99,27 +107,71 @@ def norm_silu_conv(
     sums = torch.zeros(batch, conv.out_channels, 2, dtype=torch.float64, device=x.device)
     row_bytes = batch * channels * (kept + frames) * width * x.element_size()
     count = strips or -(-height * row_bytes // BUFFER.get(x.device.type, 2**26))
-    rows = -(-height // count)
-    work = x.new_empty(batch * channels * (kept + frames) * (rows + 2) * width)
+    rows = round_up(-(-height // count), even)
+    side = int(fewer)
+    columns = round_up(width, even) + 2 * side
+    work = x.new_empty(batch * channels * (kept + frames) * (rows + 2) * columns)
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         first, last = max(top - 1, 0), min(bottom + 1, height)  # what the strip's convolution sees of the picture
-        buffer = view_last(work, (batch, channels, kept + frames, bottom - top + 2, width))
-        if top == 0:
-            buffer[:, :, :, 0] = 0
-        if bottom == height:
-            buffer[:, :, :, -1] = 0
-        seen = buffer[:, :, :, first - top + 1 : last - top + 1]
+        size = (batch, channels, kept + frames, round_up(bottom - top, even) + 2, columns)
+        buffer = view_last(work, size)
+        above, below = buffer[:, :, :, : first - top + 1], buffer[:, :, :, last - top + 1 :]
+        for edge in (above, below, buffer[..., :side], buffer[..., side + width :]):
+            if edge.numel():
+                edge.zero_()
+        seen = buffer[:, :, :, first - top + 1 : last - top + 1, side : side + width]
         # What is kept replaces what was kept, one row late: the next strip still has to see the row above it.
         done = height if bottom == height else bottom - 1
         before = None if past is None else past[:, :, :, first:last]
         table = latent_rows(scale, shift, first, last, height)
         norm_silu(x[:, :, :, first:last], affine, *table, before, seen, keep[:, :, :, first:done])
-        for weight, read, written in taps:
-            part = out[:, :, written, top:bottom]
-            sums += conv_add(buffer[:, :, read], weight, conv.bias, part if residual is not None else None, part)
+        for some in convolve(buffer, out[:, :, :, top:bottom], residual is not None):
+            sums += some
     memory.keep(conv, keep)
     return know(out, sums=sums)
+
+
+Convolve = Callable[[Video5D, Video5D, bool], Iterator[Tensor]]
+"""(padded input, output, whether to add to what stands in the output): the channel sums of its parts."""
+
+
+def direct_conv(conv: CausalConv3d, frames: int, pairs: bool, *, begins: bool) -> Convolve:
+    taps = paired_taps(conv.weight, frames) if pairs else [(conv.weight, slice(None), slice(None))]
+
+    def convolve(x: Video5D, out: Video5D, add: bool) -> Iterator[Tensor]:
+        for weight, read, written in taps:
+            part = out[:, :, written]
+            yield conv_add(x[:, :, read], weight, conv.bias, part if add else None, part)
+
+    return convolve
+
+
+def winograd_conv(conv: CausalConv3d, frames: int, pairs: bool, *, begins: bool) -> Convolve:
+    """In fewer multiplications. Its matrices are made for each chunk: they take no memory between convolutions."""
+    plan, room = winograd.causal_plan(frames, begins=begins, pairs=pairs), winograd.Room()
+    matrices = winograd.transformed(conv.weight, (plan[0][0], winograd.TWO, winograd.TWO))
+
+    def convolve(x: Video5D, out: Video5D, add: bool) -> Iterator[Tensor]:
+        winograd.causal_conv(x, matrices, plan, out, conv.bias, room, add=add)
+        yield channel_sums(out)
+
+    return convolve
+
+
+def pays(x: Tensor, conv: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether a convolution is faster in fewer multiplications (`docs/vae_speed.md`)."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and set(conv.kernel_size) == {3}
+        and min(conv.in_channels, conv.out_channels) >= WIDE
+        and (isinstance(conv, nn.Conv2d) or x[0, 0].numel() >= FEW)
+    )
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def shortcut(x: Video5D, conv: nn.Conv3d | nn.Identity) -> Video5D:
@@ -145,16 +197,33 @@ def upsample(x: Video5D, conv: nn.Conv2d, double_time: bool) -> Video5D:
     if torch.is_grad_enabled():
         return plain.upsample(x, conv, double_time)
     batch, _channels, frames, height, width = x.shape
-    weight = laid_out(phase_weights(conv.weight))
-    bias = None if conv.bias is None else conv.bias.repeat(4)
+    enlarge = (winograd_enlarge if pays(x, conv) else phase_enlarge)(conv)
     out = empty_like_last(x, (batch, conv.out_channels, frames, 2 * height, 2 * width))
     pairs = double_time and frames > 1
     sums = torch.zeros(batch, conv.out_channels, 2, dtype=torch.float64, device=x.device)
     for frame in range(frames):
-        phases = F.conv2d(laid_out(x[:, :, frame]), weight, bias, padding=1)
         twice = pairs and (frame > 0 or frames % 2 == 0)
-        sums += interleave(phases, out[:, :, frame]) * (2 if twice else 1)
+        sums += enlarge(x[:, :, frame], out[:, :, frame]) * (2 if twice else 1)
     return know(out, sums=sums, pairs=pairs)
+
+
+def phase_enlarge(conv: nn.Conv2d) -> Callable[[Tensor, Tensor], Tensor]:
+    weight = laid_out(phase_weights(conv.weight))
+    bias = None if conv.bias is None else conv.bias.repeat(4)
+    return lambda x, out: interleave(F.conv2d(laid_out(x), weight, bias, padding=1), out)
+
+
+def winograd_enlarge(conv: nn.Conv2d) -> Callable[[Tensor, Tensor], Tensor]:
+    schemes, room = (winograd.EACH, winograd.ENLARGE, winograd.ENLARGE), winograd.Room()
+    matrices = winograd.transformed(conv.weight[:, :, None], schemes)
+
+    def enlarge(x: Tensor, out: Tensor) -> Tensor:
+        for clip, result in zip(x.movedim(1, -1), out.movedim(1, -1), strict=True):
+            padded = F.pad(clip, (0, 0, 1, 1, 1, 1))
+            winograd.convolve(padded[None], matrices, schemes, result[None], conv.bias, room=room)
+        return channel_sums(out[:, :, None])
+
+    return enlarge
 
 
 def downsample(x: Video5D, conv: nn.Conv2d, halve_time: bool) -> Video5D:
@@ -441,7 +510,7 @@ class HostMemory(Memory):
     fetched: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def keep(self, module: nn.Module, frames: Tensor) -> None:
-        if frames.device.type == "cuda":
+        if frames.device.type == "cuda" and not self.last:
             self.device, stream = frames.device, copy_stream(frames.device)
             stream.wait_stream(torch.cuda.current_stream(frames.device))
             with torch.cuda.stream(stream):

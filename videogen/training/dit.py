@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from videogen.config import DiTTraining
 from videogen.data.world import VOCABULARY
 from videogen.diffusion.schedule import Schedule
+from videogen.evaluation import caption_gaps
 from videogen.models.dit import DiT, init_weights
 from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
 from videogen.models.vae import VAE
 from videogen.training.latents import LatentClips, cached_latents, encode_clips, read_latents
 from videogen.training.masking import draw_kept, masked, shown
-from videogen.training.step import TIMESTEPS, Batch, dit_loss, draw_known, world_batch, world_caption
+from videogen.training.step import TIMESTEPS, Batch, dit_loss, draw_known, world_batch, world_caption, world_scene
 from videogen.training.trainer import Facts, fit, join_process_group
 
 
@@ -37,7 +38,8 @@ def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device)
     draw_times = TIMESTEPS[config.timesteps]
 
     def loss_at(step: int) -> tuple[Tensor, Facts]:
-        batch = world_batch(config, clips, step, rank, world).to(device)
+        frames = frames_at(config, step / config.fit.steps)
+        batch = world_batch(config, clips, step, rank, world, frames=frames).to(device)
         generator = torch.Generator().manual_seed((config.fit.seed * 1_000_003 + step) * 64 + rank)
         t = draw_times(config.batch_size, schedule, generator).to(device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(device)
@@ -59,6 +61,15 @@ def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device)
     assert isinstance(dit_average, DiT)
     assert isinstance(text_average, TextEncoder)
     return dit_average, text_average
+
+
+def frames_at(config: DiTTraining, done: float) -> int | None:
+    """How many latent frames a step sees when this share of the run is done; None: whole clips."""
+    for stage in config.curriculum:
+        if done < stage.share:
+            return stage.latent_frames
+        done -= stage.share
+    return None
 
 
 def build_text_encoder(config: DiTTraining) -> TextEncoder:
@@ -86,22 +97,27 @@ def validate(
 ) -> dict[str, float]:
     """Held-out loss at fixed times, with the right captions and with wrong ones, from random numbers of its own.
 
-    The gap moves long before a sampled clip obeys: it is the first sign that the words are read.
+    The gap moves long before a sampled clip obeys: it is the first sign that the words are read, each kind of word by
+    itself (`evaluation.caption_gaps`).
     """
     dit, text = modules["dit"], modules["text_encoder"]
     assert isinstance(dit, DiT)
     assert isinstance(text, TextEncoder)
     generator, rng = torch.Generator().manual_seed(1), np.random.default_rng(1)
     count = len(clips)
-    captions = [world_caption(config, 10**9 + i, rng, held_out=True) for i in range(count)]
+    indices = range(10**9, 10**9 + count)
+    captions = [world_caption(config, i, rng, held_out=True) for i in indices]
+    scenes = [world_scene(config, i, held_out=True) for i in indices]
     latents, frame_latents = (draw(torch.arange(count), generator) for draw in (clips.video, clips.frames))
     noise = torch.randn(latents.shape, generator=generator).to(device)
     t = schedule.time((torch.arange(count) % 8 + 0.5) / 8).to(device)
     known = draw_known({"none": 1.0}, count, latents.shape[1], rng)
 
-    figures = {}
-    for name, words in (("held_out_loss", captions), ("wrong_caption_loss", captions[1:] + captions[:1])):
+    def loss(words: list[str]) -> float:
         batch = Batch(latents, frame_latents, known, words).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=config.fit.bfloat16):
-            figures[name] = round(float(dit_loss(dit, text, batch, t, noise, schedule=schedule).mean()), 5)
-    return figures
+            return float(dit_loss(dit, text, batch, t, noise, schedule=schedule).mean())
+
+    figures = {"held_out_loss": loss(captions), "wrong_caption_loss": loss(captions[1:] + captions[:1])}
+    figures |= caption_gaps(loss, scenes)
+    return {name: round(value, 5) for name, value in figures.items()}

@@ -14,7 +14,9 @@ from videogen.training.distill import few_step_scheduler, train_student
 from videogen.training.dit import train_dit
 from videogen.training.trainer import join_process_group
 from videogen.training.vae import train_vae
-from videogen.weights.card import Card, find_model, read_card, read_json
+from videogen.weights.card import Card, read_card
+from videogen.weights.guard import read_json
+from videogen.weights.hub import find_model
 
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:

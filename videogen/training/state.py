@@ -36,6 +36,7 @@ def save_state(
         save_file(_optimizer_tensors(optimizer), temporary / f"optimizer_{index}.safetensors")
     (temporary / "run.json").write_text(json.dumps({"step": step, "samples": samples, **run}, indent=1))
     for path in [*temporary.iterdir(), temporary]:
+        path.chmod(temporary.stat().st_mode & (0o666 if path.is_file() else 0o777))  # safetensors makes private files
         _sync(path)
     if final.exists():  # a resumed run reaches a step it had already saved
         shutil.rmtree(final)

@@ -14,6 +14,7 @@ from videogen.conditioning import frames
 from videogen.conditioning.text import ABSENT
 from videogen.config import ClipTraining
 from videogen.data.world import caption, draw_scene
+from videogen.data.world.scene import Scene
 from videogen.diffusion import objective
 from videogen.diffusion.denoiser import Model
 from videogen.diffusion.prediction import Prediction
@@ -54,28 +55,50 @@ def dit_loss(
     return objective.loss(lambda x, t: dit(x, t, cond), batch.latents, noise, t, where=where, **kind)
 
 
-def world_batch(config: ClipTraining, clips: LatentClips, step: int, rank: int, world: int) -> Batch:
-    """The samples of one step, a function of (seed, step, rank): each clip once per epoch, captions drawn anew."""
+def world_batch(
+    config: ClipTraining, clips: LatentClips, step: int, rank: int, world: int, *, frames: int | None = None
+) -> Batch:
+    """The samples of one step, a function of (seed, step, rank): each clip once per epoch, captions drawn anew.
+
+    frames  of the latent frames only the first, which a causal VAE encodes as if the clip ended there; of 1, one from
+            anywhere in the clip, encoded alone, whose caption says nothing of motion. None: all
+    """
     first = (step * world + rank) * config.batch_size
     positions = range(first, first + config.batch_size)
     indices = torch.tensor([_shuffled(config.fit.seed, p // len(clips), len(clips))[p % len(clips)] for p in positions])
     generator = torch.Generator().manual_seed(config.fit.seed * 1_000_003 + first)
     rng = np.random.default_rng((config.fit.seed, 1, first))
+    still = frames == 1
+    if still:
+        frame_latents = clips.frames(indices, generator)
+        at = torch.from_numpy(rng.integers(frame_latents.shape[1], size=len(indices)))
+        latents = frame_latents = frame_latents[torch.arange(len(indices)), at][:, None]
+    else:
+        latents, frame_latents = (
+            clips.video(indices, generator)[:, :frames],
+            clips.frames(indices, generator)[:, :frames],
+        )
     return Batch(
-        latents=clips.video(indices, generator),
-        frame_latents=clips.frames(indices, generator),
-        known=draw_known(config.frame_conditions, len(indices), clips.video_mean.shape[1], rng),
+        latents=latents,
+        frame_latents=frame_latents,
+        known=draw_known({"none": 1.0} if still else config.frame_conditions, len(indices), latents.shape[1], rng),
         captions=[
-            ABSENT if rng.random() < config.caption_dropout else world_caption(config, int(i), rng) for i in indices
+            ABSENT if rng.random() < config.caption_dropout else world_caption(config, int(i), rng, still=still)
+            for i in indices
         ],
     )
 
 
-def world_caption(config: ClipTraining, index: int, rng: np.random.Generator, held_out: bool = False) -> str:
+def world_caption(
+    config: ClipTraining, index: int, rng: np.random.Generator, *, held_out: bool = False, still: bool = False
+) -> str:
     """A fresh wording of what clip `index` of the world shows."""
-    scene_rng = np.random.default_rng((config.fit.seed, index))
-    scene = draw_scene(scene_rng, held_out=held_out, **vars(config.world))
-    return caption(scene, rng, dropout=0.25, synonyms=0.3)
+    return caption(world_scene(config, index, held_out=held_out), rng, dropout=0.25, synonyms=0.3, still=still)
+
+
+def world_scene(config: ClipTraining, index: int, *, held_out: bool = False) -> Scene:
+    """What clip `index` of the world shows."""
+    return draw_scene(np.random.default_rng((config.fit.seed, index)), held_out=held_out, **vars(config.world))
 
 
 def draw_known(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +25,10 @@ from videogen.errors import FileError, InvalidRequest, ModelNotFound
 from videogen.models.dit import DiT
 from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
-from videogen.weights.card import CLASSES, read_json
-from videogen.weights.load import build, read_tensors, sync, weight_files, write_json, write_tensors
+from videogen.weights.card import CLASSES, Card
+from videogen.weights.guard import check_folder, check_tokenizer, read_json, t5_settings
+from videogen.weights.hub import select
+from videogen.weights.load import build, read_tensors, shapes_of, sync, weight_files, write_json, write_tensors
 from videogen.weights.table import DIT_RULES, VAE_RULES, Rules, count, listed, to_theirs
 
 PIPELINES = (
@@ -33,6 +36,16 @@ PIPELINES = (
     "CogVideoXImageToVideoPipeline",
     "CogVideoXVideoToVideoPipeline",
     "CogVideoXFunControlPipeline",
+)
+# Derivatives name their own pipelines over the same parts: opened, and saved under diffusers' names.
+OPENED = (
+    *PIPELINES,
+    "CogVideoXFunPipeline",
+    "CogVideoXFunInpaintPipeline",
+    "CogVideoX_Fun_Pipeline",
+    "CogVideoX_Fun_Pipeline_Inpaint",
+    "CogVideoX_Fun_Pipeline_Control",
+    "CogVideoXInterpolationPipeline",
 )
 # transformers 5 has one T5 tokenizer and calls the general one TokenizersBackend; older folders use the older names.
 TOKENIZERS = {
@@ -43,6 +56,7 @@ TOKENIZERS = {
 }
 PARTS = ("dit", "vae", "text_encoder", "scheduler")
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+VERIFIED = 2**30  # bytes of weights below which opening a model compares their hashes
 TIED = "encoder.embed_tokens.weight"  # T5: the same tensor as shared.weight
 
 
@@ -102,16 +116,28 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
+    file: Path | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> TextEncoder:
-    """T5 and its tokenizer of a model folder, or of a `text_encoder` folder. `max_length=None`: the transformer's."""
+    """T5 and its tokenizer of a model folder, or of a `text_encoder` folder. `max_length=None`: the transformer's.
+
+    `file` holds the weights in place of the folder's, under `names` (see `videogen.weights.load.build`).
+    """
     from transformers import T5Config, T5EncoderModel
 
     folder, values = _component(Path(folder), "text_encoder")
-    with torch.device("meta"):
-        encoder = T5EncoderModel(T5Config.from_dict(values))
-    expected = {name: tuple(t.shape) for name, t in encoder.state_dict().items()}
-    files = weight_files(folder, TRANSFORMERS_STEM)
-    state = read_tensors(files, expected, optional={TIED}, device=device, dtype=dtype)
+    settings = t5_settings(values, where="text_encoder/config.json")
+    try:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_dict(settings))
+    except Exception as error:  # transformers' own checks raise their own kinds
+        raise ModelNotFound(
+            f"{folder / 'config.json'} describes no T5 encoder.",
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            hint="fetch or copy the model again.",
+        ) from error
+    files = [file] if file else weight_files(folder, TRANSFORMERS_STEM)
+    state = read_tensors(files, shapes_of(encoder), optional={TIED}, device=device, dtype=dtype, names=names)
     state[TIED] = state["shared.weight"]
     encoder.config.dtype = state["shared.weight"].dtype
     state = {name: tensor.to(text_dtype(name, tensor.dtype)) for name, tensor in state.items()}
@@ -127,26 +153,38 @@ def text_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder, without its weights: enough to count a prompt's tokens."""
+    return _load_tokenizer(Path(folder) / "text_encoder")
+
+
 def _load_tokenizer(text_encoder: Path) -> Any:
     """The tokenizer in the same folder or in the one beside it, by a known class; code in a model folder never runs."""
     import transformers
 
     beside = text_encoder.parent / "tokenizer"
     folder = text_encoder if (text_encoder / "tokenizer_config.json").is_file() else beside
-    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
-    if name not in TOKENIZERS:
+    name = check_tokenizer(folder).get("tokenizer_class")
+    if not isinstance(name, str) or name not in TOKENIZERS:
         raise _unsupported(folder, "tokenizer", name, TOKENIZERS)
-    return getattr(transformers, TOKENIZERS[name]).from_pretrained(folder, local_files_only=True)
+    try:
+        return getattr(transformers, TOKENIZERS[name]).from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and its parsers raise their own kinds
+        raise ModelNotFound(
+            f"{folder} holds no readable tokenizer.",
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            hint="fetch or copy the model again.",
+        ) from error
 
 
 def check_index(folder: Path) -> None:
     """Refuse a `model_index.json` that names a pipeline, a part or a class we do not know."""
     index = read_json(folder / "model_index.json")
-    if index.get("_class_name") not in PIPELINES:
-        raise _unsupported(folder, "pipeline", index.get("_class_name"), PIPELINES)
+    if index.get("_class_name") not in OPENED:
+        raise _unsupported(folder, "pipeline", index.get("_class_name"), OPENED)
     known = {**CLASSES, "tokenizer": tuple(TOKENIZERS), "scheduler": None}
     for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or value[-1] is None:
+        if part.startswith("_") or not isinstance(value, list) or not value or value[-1] is None:
             continue  # the file's own, a plain setting, or a part that is absent on purpose
         if part not in known:
             raise ModelNotFound(
@@ -160,6 +198,7 @@ def check_index(folder: Path) -> None:
 
 def _component(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
     """The folder of one part and its config: `folder/part`, or `folder` where it is that part itself."""
+    check_folder(folder)
     inner = folder / part
     if not (inner / "config.json").is_file():
         if not (folder / "config.json").is_file():
@@ -170,7 +209,8 @@ def _component(folder: Path, part: str) -> tuple[Path, dict[str, Any]]:
             )
         inner = folder
     config = read_json(inner / "config.json")
-    name = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    others = config.get("architectures")
+    name = config.get("_class_name") or (others[0] if isinstance(others, list) and others else None)
     if name not in CLASSES[part]:
         raise _unsupported(inner, part, name, CLASSES[part])
     return inner, config
@@ -187,12 +227,19 @@ def _unsupported(folder: Path, part: str, name: Any, known: Collection[str]) -> 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
+def pipeline_class(card: Card) -> str:
+    """The pipeline of diffusers that a model is opened with there."""
+    if card.layout in ("control", "pose"):
+        return "CogVideoXFunControlPipeline"
+    return "CogVideoXImageToVideoPipeline" if "first_frame" in card.conditions else "CogVideoXPipeline"
+
+
 def save_folder(
     folder: str | Path,
     *,
     dit: DiT,
     vae: VAE,
-    text_encoder: TextEncoder,
+    text_encoder: TextEncoder | Path,
     scheduler_config: dict[str, Any],
     model_index_class: str = "CogVideoXPipeline",
     extra: dict[str, Any] | None = None,
@@ -201,6 +248,7 @@ def save_folder(
 ) -> Path:
     """Write a model folder, whole or not at all. `extra` are the facts of `videogen.json` (videogen.weights.card).
 
+    The text encoder may be a model folder: then its files, and those of its tokenizer, are copied as they are.
     Everything is written beside the folder and renamed into place; with `overwrite` other files in it are left alone.
     """
     folder = Path(folder).absolute()
@@ -227,12 +275,12 @@ def save_folder(
                 "_diffusers_version": version("diffusers"),
                 "scheduler": ["diffusers", scheduler_config["_class_name"]],
                 "text_encoder": ["transformers", "T5EncoderModel"],
-                "tokenizer": ["transformers", _tokenizer_class(text_encoder.tokenizer)],
+                "tokenizer": ["transformers", _tokenizer_class(text_encoder)],
                 "transformer": ["diffusers", _config(dit)["_class_name"]],
                 "vae": ["diffusers", _config(vae)["_class_name"]],
             },
         )
-        write_json(staging / "videogen.json", {**(extra or {}), "sha256": hashes(staging)})
+        write_json(staging / "videogen.json", {**(extra or {}), "bytes": sizes(staging), "sha256": hashes(staging)})
         _move(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -252,16 +300,55 @@ def save_vae(folder: str | Path, vae: VAE) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file below `folder`."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): _sha256(p) for p in files}
+    return {name: _sha256(folder / name) for name in _below(folder)}
 
 
-def verify_folder(folder: str | Path) -> None:
-    """Compare every file with the hashes in `videogen.json`; damaged and missing ones are named in the error."""
+def sizes(folder: Path) -> dict[str, int]:
+    """Relative path -> bytes of every file below `folder`."""
+    return {name: (folder / name).stat().st_size for name in _below(folder)}
+
+
+def _below(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def verify_on_load(folder: str | Path, *, verify: bool | None = None) -> None:
+    """What opening a model checks, where its `videogen.json` has hashes: `verify_folder`, else the sizes alone.
+
+    None: hashes of a model below 1 GiB (a second or two), the sizes of a larger one. A model of others is not checked:
+    nothing is recorded of it.
+    """
     folder = Path(folder)
-    recorded: dict[str, str] = read_json(folder / "videogen.json").get("sha256", {})
+    path = folder / "videogen.json"
+    recorded = read_json(path).get("sha256") if path.is_file() else None
+    if not recorded:
+        if verify:
+            verify_folder(folder)  # says that there is nothing to compare with
+        return
+    if verify is None:
+        verify = sum(p.stat().st_size for p in folder.glob("*/*.safetensors")) < VERIFIED
+    verify_folder(folder, contents=verify)
+
+
+def verify_folder(folder: str | Path, *, contents: bool = True) -> None:
+    """Compare every file with `videogen.json`: its size, and with `contents` its sha256.
+
+    Raises ModelNotFound that names the damaged and missing files, or if there are no hashes.
+    """
+    folder = Path(folder)
+    facts = read_json(folder / "videogen.json")
+    recorded, lengths = (dict(v) if isinstance(v := facts.get(key), dict) else {} for key in ("sha256", "bytes"))
+    if strange := [name for name in {**recorded, **lengths} if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)]:
+        raise ModelNotFound(
+            f"{folder / 'videogen.json'} has a hash of {strange[0]!r}.",
+            why="a model's files lie in its folder and in those of its parts.",
+            hint="fetch or copy the model again.",
+        )
     missing = [name for name in recorded if not (folder / name).is_file()]
-    damaged = [name for name in recorded if name not in missing and _sha256(folder / name) != recorded[name]]
+    there = [name for name in recorded if name not in missing]
+    damaged = [name for name in there if lengths.get(name, size := (folder / name).stat().st_size) != size]
+    if contents:
+        damaged += [n for n in there if n not in damaged and _sha256(folder / n) != recorded[n]]
     if not recorded or missing or damaged:
         problems = {"missing": missing, "damaged": damaged}
         why = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
@@ -270,7 +357,7 @@ def verify_folder(folder: str | Path) -> None:
             if recorded
             else f"{folder} carries no hashes.",
             why=why or "videogen.json has no sha256 entries.",
-            hint="fetch or copy the model again.",
+            hint="fetch or copy the model again; or take their entries out of videogen.json, if the change is yours.",
         )
 
 
@@ -295,8 +382,19 @@ def _write_network(
     write_tensors(folder, DIFFUSERS_STEM, to_theirs(state, rules), max_shard_size=max_shard_size)
 
 
-def _write_text(staging: Path, text: TextEncoder, max_shard_size: int | str) -> None:
+def _write_text(staging: Path, text: TextEncoder | Path, max_shard_size: int | str) -> None:
     """`text_encoder/` and `tokenizer/` as transformers writes them."""
+    if isinstance(text, Path):
+        weights = weight_files(text / "text_encoder", TRANSFORMERS_STEM)
+        names = [f"text_encoder/{name}" for name in ("config.json", *(path.name for path in weights))]
+        names += [path.relative_to(text).as_posix() for path in (text / "text_encoder").glob("*.index*.json")]
+        names += [path.relative_to(text).as_posix() for path in (text / "tokenizer").iterdir()]
+        for part in ("text_encoder", "tokenizer"):
+            (staging / part).mkdir()
+        for name in [name for name in names if name in select(names)[0]]:
+            shutil.copyfile(text / name, staging / name)
+            sync(staging / name)
+        return
     folder = staging / "text_encoder"
     folder.mkdir()
     encoder, tokenizer = text.encoder, text.tokenizer
@@ -321,8 +419,9 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def _tokenizer_class(tokenizer: Any) -> str:
-    name = type(tokenizer).__name__
+def _tokenizer_class(text: TextEncoder | Path) -> str:
+    folder = isinstance(text, Path)
+    name = check_tokenizer(text / "tokenizer").get("tokenizer_class") if folder else type(text.tokenizer).__name__
     if name not in TOKENIZERS:
         raise InvalidRequest(
             f"a tokenizer of class {name} cannot be saved.", why=f"supported: {', '.join(TOKENIZERS)}."

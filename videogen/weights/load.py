@@ -19,32 +19,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from videogen.errors import InvalidRequest, ModelNotFound
+from videogen.errors import InvalidRequest, ModelNotFound, VideogenError
+from videogen.weights.guard import read_json
+from videogen.weights.header import Shape, read_header, read_shapes
+from videogen.weights.hub import PICKLES
 from videogen.weights.table import Rules, listed, to_ours, to_theirs
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-Shape = tuple[int, ...]
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def build(
-    make: Callable[[], M], files: list[Path], rules: Rules, *, device: str | torch.device, dtype: torch.dtype | None
+    make: Callable[[], M],
+    files: list[Path],
+    rules: Rules,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> M:
     """The module with the weights of `files`, in eval mode. Made on the meta device: no memory is filled twice.
 
     Names and shapes are compared before the first tensor is read. Tensors keep the file's dtype unless one is given.
+    `names`: of a file that holds more than this module or has prefixes, the name that the rules know -> the file's.
     """
-    with torch.device("meta"):
-        module = make()
-    expected = to_theirs({name: tuple(t.shape) for name, t in module.state_dict().items()}, rules)
-    to_ours(found_shapes(files), rules)  # a name outside the table is a better error than one outside this model
-    state = read_tensors(files, expected, device=device, dtype=dtype)
+    to_ours(found_shapes(files, names), rules)  # a name outside the table is a better error than one outside this model
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # ours, of bad settings, pass
+        if isinstance(error, VideogenError):
+            raise
+        raise ModelNotFound(
+            f"the config.json of {files[0].parent} describes no network.",
+            why=f"{error}".splitlines()[0] if str(error) else type(error).__name__,
+            hint="fetch or copy it again.",
+        ) from error
+    expected = to_theirs(shapes_of(module), rules)
+    state = read_tensors(files, expected, device=device, dtype=dtype, names=names)
     module.load_state_dict(to_ours(state, rules), strict=True, assign=True)
     unfilled = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
     assert not unfilled, f"not part of the state dict, so still on the meta device: {unfilled}"
     return module.eval()
+
+
+def shapes_of(module: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(t.shape) for name, t in module.state_dict().items()}
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------
@@ -81,12 +101,18 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        inside = all(Path(name).name == name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if len(names) > 1000:
+            raise TypeError("nothing has so many shards")
+        outside = [name for name in names if not re.fullmatch(r"\w[\w.-]*\.safetensors", name, re.ASCII)]
+    except (KeyError, TypeError, AttributeError) as error:
         raise ModelNotFound(f"{index} is not an index of shards.", hint="fetch or copy the file again.") from error
-    if not inside:
-        raise ModelNotFound(f"{index} points outside its folder.", why="shards lie beside their index.")
+    if outside:
+        raise ModelNotFound(
+            f"{index} points outside its folder.",
+            why=f"shards are safetensors files beside their index, not {outside[0][:80]!r}.",
+            hint="fetch the model from where it was published.",
+        )
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise ModelNotFound(
             f"{index.parent} lacks {len(missing)} of {len(names)} shards: {listed(missing)}.",
@@ -102,7 +128,7 @@ def _nothing_to_open(folder: Path, stem: str) -> ModelNotFound:
         return ModelNotFound(
             f"{folder} has its weights only as pickles: {listed(pickles)}.",
             why="a pickle can run any program when it is opened; only safetensors are read.",
-            hint="fetch the model's *.safetensors, or save it again in diffusers with safe_serialization=True.",
+            hint=f"videogen convert {folder} --out FOLDER   (reads it in a process of its own), or fetch safetensors.",
         )
     if shards := [n for n in names if n.startswith(stem) and n.endswith(".safetensors")]:
         return ModelNotFound(
@@ -120,13 +146,10 @@ def _nothing_to_open(folder: Path, stem: str) -> ModelNotFound:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def found_shapes(files: list[Path]) -> dict[str, Shape]:
-    """Name -> shape of all tensors, from the headers alone."""
-    shapes: dict[str, Shape] = {}
-    for path in files:
-        with _open(path) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+def found_shapes(files: list[Path], names: Mapping[str, str] | None = None) -> dict[str, Shape]:
+    """Name -> shape of all tensors, from the headers alone; with `names` of those it maps to names in the files."""
+    shapes = read_shapes(files)
+    return shapes if names is None else {known: shapes[name] for known, name in names.items()}
 
 
 def read_tensors(
@@ -136,16 +159,26 @@ def read_tensors(
     optional: Collection[str] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of `files`, which must be exactly the expected ones. Integers are never cast."""
-    check_fit(found_shapes(files), expected, optional=optional, where=files[0].parent)
+    """The tensors of `files`, which must be exactly the expected ones. Integers stay. `names`: see `build`."""
+    check_fit(found_shapes(files, names), expected, optional=optional, where=files[0] if names else files[0].parent)
+    known = None if names is None else {name: known for known, name in names.items()}
     state: dict[str, Tensor] = {}
     for path in files:
         with _open(path, str(device)) as file:
             for name in file.keys():  # noqa: SIM118
+                if known is not None and name not in known:
+                    continue
                 tensor = file.get_tensor(name)
+                name = name if known is None else known[name]
                 state[name] = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     return state
+
+
+def tensor_of(path: Path, name: str) -> Tensor:
+    with _open(path) as file:
+        return file.get_tensor(name)
 
 
 def check_fit(
@@ -159,22 +192,21 @@ def check_fit(
     }
     if any(problems.values()):
         raise ModelNotFound(
-            f"the weights in {where} do not fit its config.json.",
+            f"the weights in {where} do not fit {'what it was taken for' if where.is_file() else 'its config.json'}.",
             why="; ".join(f"{kind} ({len(names)}): {listed(names)}" for kind, names in problems.items() if names) + ".",
             hint="both files must come from the same model: fetch or copy it again.",
         )
 
 
 def _open(path: Path, device: str = "cpu"):
+    read_header(path)
     try:
         return safe_open(path, framework="pt", device=device)
     except SafetensorError as error:
-        with path.open("rb") as file:
-            pointer = file.read(40).startswith(b"version https://git-lfs")
         raise ModelNotFound(
             f"{path} is not a readable safetensors file.",
-            why="it is a Git LFS pointer, not the file itself." if pointer else f"damaged or cut short ({error}).",
-            hint="git lfs pull" if pointer else "fetch or copy the file again.",
+            why=f"damaged or cut short ({error}).",
+            hint="fetch or copy the file again.",
         ) from error
 
 

@@ -1,9 +1,10 @@
 """Names of tensors here and elsewhere, as data: one table of rules per network and format.
 
 A rule is a pair of templates `(ours, theirs)`. `{i}`, `{j}` stand for block numbers and a trailing `*` for `weight` or
-`bias`; the same holes appear on both sides. Import reads a table from right to left entry by entry, export from left to
-right, so a table cannot be right in one direction only. A tensor that no rule covers is an error, never skipped.
-Values are passed on untouched (no copy, no cast), hence round trips keep every byte.
+`bias`; the same holes appear on both sides. Where one of their tensors is several of ours, the rule is a `Fused`.
+Import reads a table from right to left entry by entry, export from left to right, so a table cannot be right in one
+direction only. A tensor that no rule covers is an error, never skipped. Values are passed on untouched (no cast, and no
+copy unless pieces are joined), hence round trips keep every byte. Shapes (tuples) pass through the same tables.
 """
 
 from __future__ import annotations
@@ -11,15 +12,30 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from videogen.errors import ModelNotFound
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Rules = list[tuple[str, str]]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One of their tensors that is several of ours, side by side on axis 0.
+
+    Theirs is cut into `len(order)` equal pieces; in this order they make up ours, equally many pieces each.
+    """
+
+    ours: tuple[str, ...]
+    theirs: str
+    order: tuple[int, ...]
+
+
+Rules = list[tuple[str, str] | Fused]
 
 # ---- CogVideoXTransformer3DModel ------------------------------------------------------------------------------------
 
@@ -50,31 +66,31 @@ DIT_RULES: Rules = [
 # ---- AutoencoderKLCogVideoX -----------------------------------------------------------------------------------------
 # Their causal convolution holds an inner `conv`; ours is one. The decoder's norms are scaled and shifted by the latent.
 
-_PLAIN_NORM: Rules = [(".*", ".*")]
-_LATENT_NORM: Rules = [(".norm.*", ".norm_layer.*"), (".scale.*", ".conv_y.conv.*"), (".shift.*", ".conv_b.conv.*")]
+PLAIN_NORM = [(".*", ".*")]
+LATENT_NORM = [(".norm.*", ".norm_layer.*"), (".scale.*", ".conv_y.conv.*"), (".shift.*", ".conv_b.conv.*")]
 
 
-def _resnet(ours: str, theirs: str, norm: Rules) -> Rules:
+def resnet(ours: str, theirs: str, norm: list[tuple[str, str]], shortcut: str = "conv_shortcut") -> Rules:
     return [
         *[(f"{ours}.{n}{a}", f"{theirs}.{n}{b}") for n in ("norm1", "norm2") for a, b in norm],
         (f"{ours}.conv1.*", f"{theirs}.conv1.conv.*"),
         (f"{ours}.conv2.*", f"{theirs}.conv2.conv.*"),
-        (f"{ours}.conv_shortcut.*", f"{theirs}.conv_shortcut.*"),
+        (f"{ours}.conv_shortcut.*", f"{theirs}.{shortcut}.*"),
     ]
 
 
 VAE_RULES: Rules = [
     ("encoder.conv_in.*", "encoder.conv_in.conv.*"),
-    *_resnet("encoder.down.{i}.resnets.{j}", "encoder.down_blocks.{i}.resnets.{j}", _PLAIN_NORM),
+    *resnet("encoder.down.{i}.resnets.{j}", "encoder.down_blocks.{i}.resnets.{j}", PLAIN_NORM),
     ("encoder.down.{i}.downsample.*", "encoder.down_blocks.{i}.downsamplers.0.conv.*"),
-    *_resnet("encoder.mid.{j}", "encoder.mid_block.resnets.{j}", _PLAIN_NORM),
+    *resnet("encoder.mid.{j}", "encoder.mid_block.resnets.{j}", PLAIN_NORM),
     ("encoder.norm_out.*", "encoder.norm_out.*"),
     ("encoder.conv_out.*", "encoder.conv_out.conv.*"),
     ("decoder.conv_in.*", "decoder.conv_in.conv.*"),
-    *_resnet("decoder.mid.{j}", "decoder.mid_block.resnets.{j}", _LATENT_NORM),
-    *_resnet("decoder.up.{i}.resnets.{j}", "decoder.up_blocks.{i}.resnets.{j}", _LATENT_NORM),
+    *resnet("decoder.mid.{j}", "decoder.mid_block.resnets.{j}", LATENT_NORM),
+    *resnet("decoder.up.{i}.resnets.{j}", "decoder.up_blocks.{i}.resnets.{j}", LATENT_NORM),
     ("decoder.up.{i}.upsample.*", "decoder.up_blocks.{i}.upsamplers.0.conv.*"),
-    *[(f"decoder.norm_out{a}", f"decoder.norm_out{b}") for a, b in _LATENT_NORM],
+    *[(f"decoder.norm_out{a}", f"decoder.norm_out{b}") for a, b in LATENT_NORM],
     ("decoder.conv_out.*", "decoder.conv_out.conv.*"),
 ]
 
@@ -84,34 +100,104 @@ VAE_RULES: Rules = [
 
 def to_ours(state: Mapping[str, T], rules: Rules) -> dict[str, T]:
     """A foreign state dict under our names. Values may be anything: tensors, shapes, file names."""
-    return _rename(state, [(theirs, ours) for ours, theirs in rules])
+    compiled = [(re.compile(_pattern(rule.theirs)), rule) for rule in map(_fused, rules)]
+    renamed: dict[str, T] = {}
+    uncovered: list[str] = []
+    for name, value in state.items():
+        for pattern, rule in compiled:
+            if found := pattern.fullmatch(name):
+                names = [_filled(template, found) for template in rule.ours]
+                _add(renamed, dict(zip(names, _cut(value, rule, name), strict=True)))
+                break
+        else:
+            uncovered.append(name)
+    _require_covered(uncovered, [rule.theirs for _, rule in compiled])
+    return renamed
 
 
 def to_theirs(state: Mapping[str, T], rules: Rules) -> dict[str, T]:
     """Our state dict under foreign names."""
-    return _rename(state, rules)
-
-
-def _rename(state: Mapping[str, T], pairs: Rules) -> dict[str, T]:
-    compiled = [(re.compile(_pattern(source)), _replacement(target)) for source, target in pairs]
-    renamed: dict[str, T] = {}
+    compiled = [
+        (re.compile(_pattern(template)), rule, place)
+        for rule in map(_fused, rules)
+        for place, template in enumerate(rule.ours)
+    ]
+    pieces: dict[str, tuple[Fused, dict[int, T]]] = {}  # by their name
     uncovered: list[str] = []
     for name, value in state.items():
-        for pattern, replacement in compiled:
+        for pattern, rule, place in compiled:
             if found := pattern.fullmatch(name):
-                renamed[found.expand(replacement)] = value
+                _add(pieces.setdefault(_filled(rule.theirs, found), (rule, {}))[1], {place: value})
                 break
         else:
             uncovered.append(name)
+    _require_covered(uncovered, [template for _, rule, _ in compiled for template in rule.ours])
+    if partial := [theirs for theirs, (rule, found) in pieces.items() if len(found) < len(rule.ours)]:
+        raise ModelNotFound(
+            f"{count(len(partial), 'tensor')} cannot be joined, as parts are missing: {listed(partial)}.",
+            why="there, they are one tensor that is several here.",
+            hint="fetch or copy the model again.",
+        )
+    return {
+        theirs: _joined([found[k] for k in range(len(rule.ours))], rule) for theirs, (rule, found) in pieces.items()
+    }
+
+
+def _fused(rule: tuple[str, str] | Fused) -> Fused:
+    return rule if isinstance(rule, Fused) else Fused((rule[0],), rule[1], (0,))
+
+
+def _add(known: dict[Any, T], new: Mapping[Any, T]) -> None:
+    if twice := [str(name) for name in new if name in known]:
+        raise ModelNotFound(
+            f"these weights hold {listed(twice)} twice, under two names.", hint="fetch or copy the model again."
+        )
+    known.update(new)
+
+
+def _require_covered(uncovered: list[str], templates: list[str]) -> None:
     if uncovered:
-        near = nearest(re.sub(r"\.\d+\.", ".{i}.", uncovered[0]), [source for source, _ in pairs])
+        near = nearest(re.sub(r"\.\d+\.", ".{i}.", uncovered[0]), templates)
         raise ModelNotFound(
             f"these weights hold {count(len(uncovered), 'tensor')} that no rule covers: {listed(uncovered)}.",
             why="every tensor must be understood; skipping one would load another model than the file holds."
             + (f" Nearest covered names: {listed(near)}." if near else ""),
-            hint="check that it is a whole CogVideoX checkpoint in diffusers' naming, not a LoRA or a quantised file.",
+            hint="check that it is a whole CogVideoX checkpoint, not a LoRA or a quantised file.",
         )
-    return renamed
+
+
+def _cut(value: Any, rule: Fused, name: str) -> list[Any]:
+    """Their tensor or shape as ours; anything else stands for the whole."""
+    pieces, each = len(rule.order), len(rule.order) // len(rule.ours)
+    if pieces == 1 or (not hasattr(value, "shape") and not isinstance(value, tuple)):
+        return [value] * len(rule.ours)
+    shape = tuple(value) if isinstance(value, tuple) else tuple(value.shape)
+    if not shape or shape[0] % pieces:
+        raise ModelNotFound(
+            f"{name} is {list(shape)}.",
+            why=f"it should be {pieces} tensors side by side on its first axis.",
+            hint="check that it is a CogVideoX checkpoint.",
+        )
+    if isinstance(value, tuple):
+        return [(shape[0] // pieces * each, *shape[1:])] * len(rule.ours)
+    import torch
+
+    cut = value.chunk(pieces)
+    ours = [[cut[i] for i in rule.order[k : k + each]] for k in range(0, pieces, each)]
+    return [parts[0] if each == 1 else torch.cat(parts) for parts in ours]
+
+
+def _joined(values: list[Any], rule: Fused) -> Any:
+    """The inverse of `_cut`."""
+    each = len(rule.order) // len(rule.ours)
+    if len(rule.order) == 1 or (not hasattr(values[0], "shape") and not isinstance(values[0], tuple)):
+        return values[0]
+    if isinstance(values[0], tuple):
+        return (sum(shape[0] for shape in values), *values[0][1:])
+    import torch
+
+    pieces = dict(zip(rule.order, (piece for value in values for piece in value.chunk(each)), strict=True))
+    return torch.cat([pieces[i] for i in range(len(rule.order))])
 
 
 def _pattern(template: str) -> str:
@@ -120,8 +206,10 @@ def _pattern(template: str) -> str:
     return escaped.replace(r"\*", "(?P<leaf>weight|bias)")
 
 
-def _replacement(template: str) -> str:
-    return re.sub(r"\{(\w)\}", r"\\g<\1>", template).replace("*", r"\g<leaf>")
+def _filled(template: str, found: re.Match[str]) -> str:
+    for hole, value in found.groupdict().items():
+        template = template.replace("*" if hole == "leaf" else f"{{{hole}}}", value)
+    return template
 
 
 # ---- changing a model on the way ------------------------------------------------------------------------------------

@@ -48,18 +48,26 @@ STYLE_WORDS = {
 
 
 def caption(
-    scene: Scene, rng: np.random.Generator | None = None, *, dropout: float = 0.25, synonyms: float = 0.3
+    scene: Scene,
+    rng: np.random.Generator | None = None,
+    *,
+    dropout: float = 0.25,
+    synonyms: float = 0.3,
+    still: bool = False,
 ) -> str:
     """The canonical caption, or with `rng` one from the grammar.
 
     dropout   probability that the caption leaves attributes out ("the circle moves up", "a red cross", "moves up");
               camera and style are always said: without a word of them, the camera rests and there is no style
     synonyms  probability that it is worded freely instead of canonically
+    still     of a single frame of the clip: nothing is said of what moves, neither objects nor camera
     """
     free = rng is not None and rng.random() < synonyms
     keep = {"size", "colour", "shape", "motion", "background"}
     if rng is not None and rng.random() < dropout:
         keep = {name for name in sorted(keep) if rng.random() < 0.5} or {"motion"}
+    if still:
+        keep = keep - {"motion"} or {"shape"}
 
     def say(words: tuple[str, ...]) -> str:
         return words[int(rng.integers(len(words)))] if free and rng is not None else words[0]
@@ -81,7 +89,7 @@ def caption(
     if "background" in keep:
         ground = f"{scene.background} {say(CHECKERED_WORDS)}" if scene.checkered else scene.background
         sentence = f"{sentence} {say(GROUND_WORDS).format(ground)}" if parts else f"a {ground} background"
-    rest = say(CAMERA_WORDS[scene.camera]), say(STYLE_WORDS[scene.style])
+    rest = "" if still else say(CAMERA_WORDS[scene.camera]), say(STYLE_WORDS[scene.style])
     return ", ".join(part for part in (sentence, *rest) if part)
 
 

@@ -1,0 +1,166 @@
+"""`videogen batch`: every row checked first, one load, nothing made twice, failures counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from videogen import pipeline
+from videogen.cli import main
+from videogen.data.video import read_recipe, read_video
+from videogen.errors import NumericalError
+from videogen.pipeline import Pipeline, load
+from videogen.testing import tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline().save(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In a folder of its own; the list of models that were loaded."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (48, 32), "red").save("red.png")
+    seen: list[str] = []
+
+    def counted(model, **options):
+        seen.append(str(model))
+        return load(model, **options)
+
+    monkeypatch.setattr(pipeline, "load", counted)
+    monkeypatch.setitem(vars(__import__("videogen")), "load", counted)
+    return seen
+
+
+def lines(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def batch(*argv: str, model: Path) -> int:
+    return main(["batch", *argv, "--model", str(model), "--steps", "1", "--quiet"])
+
+
+ROWS = [
+    {"prompt": "a red circle", "seed": 3},
+    {"prompt": "a blue ring", "steps": 2, "first_frame": "red.png", "out": "ring.png"},
+    {"prompt": "a bar", "num": 2, "size": "48x32", "keyframes": {"4": "red.png"}, "style": "sepia"},
+]
+
+
+def test_a_clip_for_each_row_and_none_twice(folder, loads, capsys):
+    Path("rows.jsonl").write_text("\n\n".join(map(json.dumps, ROWS)))
+    assert batch("rows.jsonl", model=folder) == 0
+    *rows, last = lines(capsys)
+    assert last == {"made": 4, "skipped": 0, "failed": 0, "left": 0}
+    assert [(row["row"], row["status"]) for row in rows] == [(1, "made"), (3, "made"), (5, "made"), (5, "made")]
+    assert [Path(row["path"]).name for row in rows] == [
+        *("0001_a-red-circle_s3.mp4", "ring", "0005_a-bar-in-sepia-tones_s0.mp4", "0005_a-bar-in-sepia-tones_s1.mp4")
+    ]
+    assert len(loads) == 1
+    recipe = read_recipe(rows[1]["path"]) or {}
+    assert (recipe["num_inference_steps"], recipe["seed"], recipe["row"]) == (2, 0, 3), "a row wins over a flag"
+    styled = read_recipe(rows[2]["path"]) or {}
+    assert (styled["prompt"], styled["original_prompt"]) == ("a bar, in sepia tones", "a bar")
+    alone = load(folder).generate("a blue ring", first_frame="red.png", num_inference_steps=2)
+    assert np.array_equal(read_video(rows[1]["path"])[0], alone.frames), "a row is what the same keywords make"
+
+    Path(rows[0]["path"]).unlink()
+    assert batch("rows.jsonl", model=folder) == 0
+    *rows, last = lines(capsys)
+    assert last == {"made": 1, "skipped": 3, "failed": 0, "left": 0}
+    assert batch("rows.jsonl", model=folder) == 0
+    assert lines(capsys)[-1]["skipped"] == 4
+    assert len(loads) == 2, "with nothing to do, nothing is loaded"
+
+
+def test_a_row_that_was_changed_is_not_taken_for_done(folder, loads, capsys):
+    Path("rows.txt").write_text("a red circle\n")
+    assert batch("rows.txt", model=folder) == 0
+    assert batch("rows.txt", "--guidance", "2", model=folder) == 6
+    err = capsys.readouterr().err
+    assert "row 1: " in err
+    assert "--overwrite" in err
+    assert batch("rows.txt", "--guidance", "2", "--overwrite", model=folder) == 0
+    assert lines(capsys)[-1]["made"] == 1
+
+
+def test_csv_and_shards(folder, loads, capsys):
+    Path("rows.csv").write_text(
+        'prompt,seed,guidance,size,snap\n"a red, round circle",1,2.5,48x32,\n'
+        "a ring,2,,,true\na bar,3,,,\na cross,4,,,\n"
+    )
+    for shard, expected in (("1/2", [1, 3]), ("2/2", [2, 4])):
+        assert batch("rows.csv", "--shard", shard, "--out", "clips", model=folder) == 0
+        assert [row["row"] for row in lines(capsys)[:-1]] == expected
+    recipes = [read_recipe(path) or {} for path in sorted(Path("clips").iterdir())]
+    assert [r["seed"] for r in recipes] == [1, 2, 3, 4]
+    assert (recipes[0]["prompt"], recipes[0]["guidance_scale"]) == ("a red, round circle", 2.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "sed": 3}, ["row 2: ", "'sed'", "did you mean seed?"]),
+        ({"prompt": "a", "model": "tiny"}, ["row 2: ", "--model"]),
+        ({"prompt": "a", "frames": 10}, ["row 2: ", "10 frames"]),
+        ({"prompt": "a", "seed": "x"}, ["row 2: ", "seed"]),
+        ({"prompt": "a", "size": "big"}, ["row 2: ", "720x480"]),
+        ({"prompt": "a", "first_frame": "gone.png"}, ["row 2: ", "gone.png"]),
+        ({"prompt": "a", "first_frame": "https://example.org/a.png"}, ["row 2: ", "address"]),
+        ({"prompt": "a", "out": "x.avi"}, ["row 2: ", "x.mp4"]),
+        ({"prompt": "a", "out": "1.mp4"}, ["rows 1 and 2", "1.mp4"]),
+        ({"prompt": "a", "style": "sepiaa"}, ["row 2: ", "--style sepia"]),
+        ({"seed": 3}, ["row 2: ", "no prompt"]),
+        ([1], ["row 2 "]),
+    ],
+)
+def test_a_bad_row_is_named_before_anything_is_loaded(folder, loads, capsys, row, words):
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "out": "1.mp4"}) + "\n" + json.dumps(row))
+    assert batch("rows.jsonl", model=folder) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(word in err for word in words), err
+    assert err.count("\n") == 3, "three lines"
+    assert loads == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "\n\n"])
+def test_bad_files(folder, loads, capsys, text):
+    Path("rows.jsonl").write_text(text)
+    assert batch("rows.jsonl", model=folder) == 2
+    assert batch("gone.jsonl", model=folder) == 2
+    assert batch("rows.xml", model=folder) == 2
+    assert main(["batch", "rows.jsonl", "--shard", "0/4"]) == 2
+    assert loads == []
+
+
+def test_failures_are_counted_and_nothing_half_made_is_left(folder, loads, capsys, monkeypatch):
+    """A row whose numbers are not finite fails; without --keep-going the batch ends there."""
+    Path("rows.txt").write_text("a red circle\na blue ring\na bar\n")
+    real = Pipeline.denoise
+
+    def denoise(self, request, *args, **keywords):
+        if "ring" in request.prompt:
+            raise NumericalError("not finite.", why="a test.", hint="none.")
+        return real(self, request, *args, **keywords)
+
+    monkeypatch.setattr(Pipeline, "denoise", denoise)
+    assert batch("rows.txt", model=folder) == 5
+    assert lines(capsys)[-1] == {"made": 1, "skipped": 0, "failed": 1, "left": 1}
+    assert batch("rows.txt", "--keep-going", model=folder) == 5
+    *rows, last = lines(capsys)
+    assert last == {"made": 1, "skipped": 1, "failed": 1, "left": 0}
+    assert next(row for row in rows if row["status"] == "failed")["error"]["exit_code"] == 5
+    assert len(list(Path("outputs/rows").iterdir())) == 2
+    (Path("outputs/rows") / ".0002_a-blue-ring_s0.mp4.999999999.part").write_bytes(b"killed")
+    desk = Path.cwd()
+    monkeypatch.undo()
+    monkeypatch.chdir(desk)
+    assert batch("rows.txt", model=folder) == 0
+    assert sorted(path.suffix for path in Path("outputs/rows").iterdir()) == [".mp4"] * 3
