@@ -19,7 +19,7 @@ test-all: .venv/installed
 speedrun: .venv/installed
 	$(BIN)/python scripts/speedrun.py --scale $(SCALE)
 
-# Ours against diffusers on this machine: under 10 minutes on two cores, which should have nothing else to do.
+# Ours against diffusers on this machine: a quarter of an hour on two cores, which should have nothing else to do.
 bench: .venv/installed
 	$(BIN)/python scripts/benchmark.py
 

@@ -14,6 +14,8 @@ import torch
 from videogen.cli import main
 from videogen.enhance import KEY, LONGEST, Endpoint, Enhancer, LocalChat, Template, enhancer
 from videogen.errors import InvalidRequest, ModelNotFound, RemoteError
+from videogen.weights.convert import convert
+from videogen.weights.hub import find_model
 
 
 def test_the_template_adds_what_is_not_said_and_keeps_what_is():
@@ -216,3 +218,10 @@ def test_videogen_prompt(capsys, server):
     assert main(["prompt", "a cat", "--enhance", address(server)]) == 7
     lines = capsys.readouterr().err.strip().splitlines()
     assert [line.split(":")[0].strip() for line in lines] == ["error", "why", "try"]
+
+
+def test_tokens_are_counted_for_a_single_file_by_its_bases_tokenizer(tmp_path, monkeypatch, capsys):
+    file = convert("tiny", tmp_path / "one.safetensors", to="single")
+    monkeypatch.setattr("videogen.weights.single.find_base", lambda *_, **__: find_model("tiny"))
+    assert main(["prompt", "a red circle", "--enhance", "none", "--model", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 4

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from videogen.conditioning.layouts import LAYOUTS as ways
 from videogen.config import DiTConfig, VAEConfig
 from videogen.data.video import Video, write_video
 from videogen.errors import FileError, InvalidRequest, ModelNotFound, Note
@@ -23,7 +24,7 @@ from videogen.request import HELP, Request
 from videogen.weights.card import Card, read_card
 from videogen.weights.hub import find_model
 from videogen.weights.limits import ANY_LENGTH, ANY_SIZE, Frames, Sizes
-from videogen.weights.models import PUBLISHED
+from videogen.weights.models import CONDITIONS, LAYOUTS, PUBLISHED
 
 
 def card(**changes) -> Card:
@@ -117,6 +118,7 @@ def test_a_learned_table_has_one_size_and_length():
         ("guidance_scale", float("inf")),
         ("guidance_scale", -1.0),
         ("fps", 0),
+        ("fps", 0.0001),
         ("strength", 0.0),
         ("strength", 1.5),
         ("last_frame_until", -0.1),
@@ -429,9 +431,30 @@ def test_own_facts_go_before_the_table_and_save_what_they_say(tmp_path):
     assert (card.rates, card.dtypes, card.native_frames) == ((8, 12), ("float16",), 97)
     again = read_card(write_model(tmp_path / "c", B5, own=json.loads(json.dumps(card.facts))))
     assert replace(again, folder=card.folder) == card
-    for bad in ({"sizes": {"short": [9, 1]}}, {"frames": {"step": 3}}, {"rates": ["8"]}, {"dtypes": [None]}):
+    for bad in (
+        *({"sizes": {"short": [9, 1]}}, {"frames": {"step": 3}}, {"rates": ["8"]}, {"dtypes": [None]}),
+        *({"frames": {"first": 3}}, {"frames": {"first": -3}}, {"layout": "mine"}, {"conditions": ["text", "smell"]}),
+    ):
         with pytest.raises((InvalidRequest, ModelNotFound)):
             read_card(write_model(tmp_path / "d", B5, own=bad))
+
+
+def test_limits_that_no_multiple_is_within_have_a_nearest_all_the_same():
+    for limits in ((481, 483), (1, 8)):
+        assert all(n > 0 and n % 16 == 0 for n in Sizes(short=limits, long=limits).nearest(480, 480, 16))
+
+
+def test_what_the_table_says_is_what_a_model_may_say():
+    assert {row.layout for row in PUBLISHED} == set(LAYOUTS) == set(ways)
+    assert {name for row in PUBLISHED for name in row.conditions} == set(CONDITIONS)
+
+
+def test_windows_of_one_patch_are_refused():
+    for patch, most in ((None, 1), (2, 5)):
+        short = card(dit=replace(PATCHED.dit, patch_size_t=patch), frames=Frames(most=most))
+        with pytest.raises(InvalidRequest, match="at once") as caught:
+            Request("a", num_frames=17).checked(short)
+        assert caught.value.param == "num_frames"
 
 
 def test_folders_that_are_no_models(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import struct
 import zlib
 
@@ -14,8 +16,10 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from videogen.data.files import local, sha256_of, written
 from videogen.data.video import Video, fit_image, read_image, read_recipe, read_video, to_uint8, write_video
 from videogen.errors import FileError, InvalidRequest, NumericalError
+from videogen.request import Request
 
 RECIPE = {"prompt": 'a "red" circle, é and 雪', "seed": 7, "height": 32}
 
@@ -331,3 +335,41 @@ def test_broken_images_are_file_errors(tmp_path):
         read_image(tmp_path / "cut.png")
     with pytest.raises(InvalidRequest, match="address"):
         read_image("https://example.org/a.png")
+
+
+def test_the_sha256_of_a_file_and_of_a_folder_is_one_function_everywhere(tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "b.png").write_bytes(b"second")
+    (tmp_path / "a.png").write_bytes(b"first")
+    assert sha256_of(tmp_path / "a.png") == hashlib.sha256(b"first").hexdigest()
+    whole = hashlib.sha256(b"firstsecond").hexdigest()
+    assert sha256_of(tmp_path) == whole, "a folder inside is passed over"
+    assert Request("a", video=tmp_path).recipe()["video"] == f"sha256:{whole}"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_file_is_written_whole_with_the_rights_of_the_umask_or_not_at_all(tmp_path, umask):
+    path, before = tmp_path / "new" / "a.json", os.umask(umask)
+    try:
+        with written(path) as part:
+            os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors writes
+            part.write_text("one")
+            assert not path.exists()
+    finally:
+        os.umask(before)
+    assert (path.read_text(), path.stat().st_mode & 0o777) == ("one", 0o666 & ~umask)
+
+    def interrupted() -> None:
+        with written(path) as part:
+            part.write_text("two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (path.read_text(), list(path.parent.iterdir())) == ("one", [path])
+
+
+def test_a_missing_file_is_told_by_its_flag(tmp_path):
+    with pytest.raises(InvalidRequest) as caught:
+        local(tmp_path / "gone.png", param="first_frame")
+    assert caught.value.hint == "check the path of --first-frame."

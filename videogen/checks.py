@@ -250,6 +250,16 @@ def check_frames(request: Request, card: Card) -> None:
             hint=" or ".join(f"--frames {n}" for n in near) + f"   (made for {card.num_frames})",
             param="num_frames",
         )
+    if frames > card.native_frames:
+        patch = card.dit.patch_size_t or 1
+        length = card.latent_shape(card.height, card.width, card.native_frames)[0]
+        if length <= patch:
+            raise InvalidRequest(
+                f"{frames} frames isn't valid for {card.name} (it makes {card.native_frames} at once).",
+                why="longer clips are made of windows that overlap, and so short ones cannot.",
+                hint=f"--frames {card.native_frames}",
+                param="num_frames",
+            )
     if card.rates and is_real(request.fps) and request.fps not in card.rates:
         raise InvalidRequest(
             f"{short(request.fps)} frames per second isn't valid for {card.name}.",
@@ -266,8 +276,8 @@ def check_numbers(request: Request, card: Card) -> None:
         raise bad("num_inference_steps", steps, "a whole number from 1 to 1000", "--steps 50")
     if not is_real(request.guidance_scale) or request.guidance_scale < 0:
         raise bad("guidance_scale", request.guidance_scale, "a finite number, 0 or more", "--guidance 6")
-    if not is_real(request.fps) or not 0 < request.fps <= 240:
-        raise bad("fps", request.fps, "a number above 0, at most 240", "--fps 8")
+    if not is_real(request.fps) or not 0.1 <= request.fps <= 240:
+        raise bad("fps", request.fps, "a number from 0.1 to 240", "--fps 8")
     if not is_real(request.strength) or not 0 < request.strength <= 1:
         raise bad("strength", request.strength, "a number above 0, at most 1", "--strength 0.8")
     for name, example in (("last_frame_until", 0.6), ("guidance_until", 0.5), ("step_cache", 0.1)):

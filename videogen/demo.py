@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 
+from videogen.data.files import written
 from videogen.data.video import Video, read_image, read_recipe, read_video
 from videogen.data.world import Scene, Thing, caption, render
 from videogen.errors import NumericalError
@@ -90,9 +90,9 @@ def contact_sheet(videos: list[Video], path: Path, columns: int = 9, scale: int 
             )
         )
     picture = Image.fromarray(np.concatenate(rows))
-    part = path.with_name(f".{path.name}.part")
-    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(part, format="PNG")
-    os.replace(part, path)
+    with written(path) as part:
+        size = (picture.width * scale, picture.height * scale)
+        picture.resize(size, Image.Resampling.NEAREST).save(part, format="PNG")
     return path
 
 

@@ -27,7 +27,6 @@ INSTRUCTION = (
 
 
 @runtime_checkable
-@runtime_checkable
 class Enhancer(Protocol):
     """Makes a prompt richer; the same prompt and seed give the same text where the means allow it."""
 

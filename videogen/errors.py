@@ -79,12 +79,22 @@ class Note(UserWarning):
     """Something was done otherwise than asked or hoped, and the clip is made all the same. One line, on stderr."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host, had no room for a tensor. Imports no torch: the classes are known by name."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
+    )
+
+
 def as_known(error: Exception) -> VideogenError:
     """Any error as one that can be shown in three lines; what has no better name is a bug of ours, exit code 1."""
     if isinstance(error, VideogenError):
         return error
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         return OutOfMemory("out of memory.", why=line, hint="--memory low, or a smaller --size or --frames.")
     if isinstance(error, OSError):
         hint = next(iter(getattr(error, "__notes__", [])), "check the disk and the path.")

@@ -102,16 +102,27 @@ def extend(
     num_frames, overlap  as in `plan_extension`; several pieces have the seeds s, s + 1, …
     parent               sha256 of the clip's file, for the recipe
     keywords             of `Request`, for each piece
+
+    What ends it after the first piece carries the clip so far as `video`.
     """
     plan = plan_extension(pipe.card, clip.frames, num_frames=num_frames, overlap=overlap)
     frames, settings = clip.frames, []
+
+    def so_far() -> Video:
+        extends = {"frames": len(clip.frames), "overlap": plan.overlap, "pieces": settings}
+        extends |= {"sha256": parent} if parent else {}
+        facts = {name: settings[0][name] for name in ("videogen", "model", "weights", "dtype") if name in settings[0]}
+        told = {**facts, "prompt": prompt, "seed": seed, "extends": extends}
+        return Video(frames[: len(clip.frames) + plan.added], clip.fps, seed, told)
+
     for k in range(plan.pieces):
         request = piece(pipe.card, frames, plan, prompt=prompt, seed=seed + k, **keywords)
-        made = pipe.generate(**vars(request))
+        try:
+            made = pipe.generate(**vars(request))
+        except BaseException as error:
+            if settings:
+                setattr(error, "video", so_far())  # noqa: B010  (for Python; any kind of error)
+            raise
         frames = joined(frames, made.frames, plan.overlap)
         settings.append(without_images(made.settings))
-    frames = frames[: len(clip.frames) + plan.added]
-    extends = {"frames": len(clip.frames), "overlap": plan.overlap, "pieces": settings}
-    extends |= {"sha256": parent} if parent else {}
-    facts = {name: settings[0][name] for name in ("videogen", "model", "weights", "dtype") if name in settings[0]}
-    return Video(frames, clip.fps, seed, {**facts, "prompt": prompt, "seed": seed, "extends": extends})
+    return so_far()

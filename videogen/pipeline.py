@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
@@ -25,14 +25,14 @@ from videogen.conditioning import frames as frame_condition
 from videogen.conditioning import text as text_condition
 from videogen.conditioning.layouts import LAYOUTS, Shown
 from videogen.config import to_dict
-from videogen.data.latents import save_latents
+from videogen.data.latents import clip_of, save_latents
 from videogen.data.video import Video, fit_image, read_video, write_video
 from videogen.diffusion.denoiser import Model, dynamic_cfg, guided, last_time, switched
 from videogen.diffusion.prediction import add_noise, prediction_type
 from videogen.diffusion.samplers import SAMPLERS, diffusers_sampler, load_scheduler, scheduler_times
 from videogen.diffusion.schedule import Schedule
 from videogen.diffusion.windows import Span, padded_behind, spans, windowed
-from videogen.errors import FileError, InvalidRequest, Note, NumericalError, OutOfMemory, VideogenError
+from videogen.errors import InvalidRequest, ModelNotFound, Note, NumericalError, OutOfMemory, VideogenError
 from videogen.models.dit import DiT
 from videogen.models.lora import merge, merged, set_scales
 from videogen.models.text import TextEncoder
@@ -43,10 +43,11 @@ from videogen.request import Request
 from videogen.runtime.devices import choose_device, choose_dtype
 from videogen.runtime.memory import PLANS, Plan, choose_plan
 from videogen.runtime.modulation import expect
+from videogen.runtime.names import check_names
 from videogen.runtime.offload import Stages, on_device, tensors
 from videogen.runtime.plan import (
     SMALL,
-    choose_or_least,
+    choose_for,
     estimate,
     free_device,
     free_host,
@@ -64,7 +65,7 @@ from videogen.weights.card import Card, read_card
 from videogen.weights.diffusers import pipeline_class, save_folder, text_dtype, verify_on_load
 from videogen.weights.hub import find_model
 from videogen.weights.lora import Lora, add_loras, check_fit, open_loras
-from videogen.weights.single import load_parts, open_card
+from videogen.weights.single import file_parts, load_parts, open_card, parts_beside
 
 T = TypeVar("T")
 
@@ -91,8 +92,9 @@ def load(
 
     device "auto" is CUDA if there is one. dtype "auto" is float32 on a CPU; on CUDA float16 for CogVideoX-2B, which was
     trained in it, and bfloat16 for all others. memory: "fast" keeps all weights on the device, "balanced", "low" and
-    "minimal" need less (videogen.runtime.memory.PLANS); "auto" is fast. kernel, quantize and compile are those of
-    `videogen.runtime.prepare`; without them the numbers are the plain model's.
+    "minimal" need less (videogen.runtime.memory.PLANS); "auto" is the fastest of them that has room for a clip of the
+    model's own size and length. kernel, quantize and compile are those of `videogen.runtime.prepare`; without them the
+    numbers are the plain model's.
     verify: compare the files with the hashes saved with them; None: if the model is small
     (videogen.weights.diffusers.verify_on_load). Raises ModelNotFound, or InvalidRequest for an impossible combination.
 
@@ -102,13 +104,13 @@ def load(
     base: of a single file, the model that its other parts come from; else the published one that it is like. variant:
     the published model whose use its weights have, where shapes cannot tell (docs/formats.md).
     """
-    plan, loras = choose_plan(memory), open_loras(lora, lora_scale)
+    check_names(device=device, dtype=dtype, memory=memory, kernel=kernel, quantize=quantize)
+    plan, loras, where = choose_plan(memory), open_loras(lora, lora_scale), choose_device(device)
     path = find_model(model, revision=revision, offline=offline)
     card = open_card(path, base=base, variant=variant, offline=offline)
     for one in loras:
         check_fit(one.file, card.dit, card.name)
-    verify_on_load(card.folder, verify=verify)
-    where = choose_device(device)
+    _verify(card, verify)
     kind = choose_dtype(dtype, where, card)
     note = ""
     if plan is None:
@@ -120,8 +122,11 @@ def load(
     assert vae is not None
     assert text_encoder is not None
     dit.config, vae.config = card.dit, card.vae  # with what the card tells of their use, and their own files do not
-    add_loras(dit, loras, dtype=None if plan.stages_in_turn else kind)
-    if merge_lora if merge_lora is not None else quantize or not plan.stages_in_turn:
+    merging = bool(merge_lora if merge_lora is not None else quantize or not plan.stages_in_turn)
+    if loras and merging:
+        dit.to(kind)  # sums are rounded once, to what is computed in
+    add_loras(dit, loras, dtype=kind if merging or not plan.stages_in_turn else None)
+    if merging:
         merge(dit)
     dtypes = {}
     if plan.stages_in_turn:
@@ -135,18 +140,39 @@ def load(
     pipe.lossy = {"quantize": quantize} if quantize else {}
     pipe.lossy |= {"kernel": kernel} if kernel in LOSSY_KERNELS else {}
     pipe.options = {"kernel": "sdpa" if kernel == "auto" and where.type == "cpu" else kernel, "compile": compile}
+    pipe.options |= {"merge_lora": merging} if loras else {}
     return pipe
 
 
-def plan_for(card: Card, device: torch.device, dtype: torch.dtype) -> tuple[Plan, str]:
-    """The fastest plan whose need for a clip of the native size fits what is free, and a line that says so."""
-    job = native_job(card, dtype=_name(dtype), device=device.type)
+def plan_for(
+    card: Card, device: torch.device, dtype: torch.dtype, requests: Iterable[Request] = ()
+) -> tuple[Plan, str]:
+    """The fastest plan with room for all these checked requests, and a line that says so.
+
+    Without requests: for a clip of the model's own size and length.
+    """
+    told = {"dtype": _name(dtype), "device": device.type}
+    jobs = [job_of(card, request, **told) for request in requests] or [native_job(card, **told)]
     free, host = free_device(str(device)), free_host()
-    found = choose_or_least(job, device=free, host=host)
+    job, found = choose_for(jobs, device=free, host=host)
     need, there = (found.host, host) if device.type == "cpu" else (found.device, free)
     beside = f" of {gib(there)} free" if there is not None else ""
     note = f"memory plan {found.plan.name}: {gib(need)}{beside} on {device} for {job.num_frames} frames of "
     return found.plan, f"{note}{job.width}x{job.height} ({found.widest} needs most)"
+
+
+def _verify(card: Card, verify: bool | None) -> None:
+    """`verify_on_load` for what is read of a model's folder. A single file has no hashes to be compared with."""
+    if card.file is None:
+        verify_on_load(card.folder, verify=verify)
+        return
+    if verify:
+        raise ModelNotFound(
+            f"{card.file} carries no hashes.",
+            why="those of a model lie in its folder, and this is a single file.",
+            hint="leave --verify out, or videogen convert FILE --out FOLDER, which writes them",
+        )
+    verify_on_load(card.folder, replaced=file_parts(card))
 
 
 def generate(prompt: Any = None, *, model: str | Path = "tiny", **keywords: Any) -> Any:
@@ -226,6 +252,8 @@ class Pipeline:
         request = Request(prompt, **keywords).checked(self.card)
         self.step_cache(request)  # a model that has no curve says so now
         draw = Draws(request.seed, request.batch_size, self.dtype, self.device)
+        # Now, when the pictures of the request are where they are: they may be gone when all steps are done.
+        recipes = [self.recipe(request, k) for k in range(request.batch_size)] if request.output == "video" else []
 
         self.sparing = self.spare(request)
         text, negative = self.sparing.run("text", partial(self.embed, request))
@@ -250,7 +278,7 @@ class Pipeline:
             return latents
         latents = latents[:, self.padding(request) :]
         # As of now: a memory plan that is changed while frames are decoded leaves them as they are.
-        recipes = [self.recipe(request, item) for item in range(len(latents))] if request.output == "video" else []
+        recipes = [recipe | {"made_with": self.made_with()} for recipe in recipes]
         kept = self.keep(request, latents, recipes) if request.keep_latents else []
         made: list[Any] = []
         try:
@@ -413,7 +441,18 @@ class Pipeline:
     @cached_property
     def curve(self) -> Curve:
         """What a step cache foretells by: measured on these weights, kept in their folder; yours may be set here."""
-        return load_curve(self.card.folder, **{"transformer_sha256": None, **self.card_hash()})
+        if self.card.file is not None:
+            raise InvalidRequest(
+                f"{self.card.file.name} is not calibrated for a step cache.",
+                why="a curve lies in the folder of the weights it was measured on, and this is a single file.",
+                hint="videogen convert FILE --out FOLDER, then python scripts/price.py calibrate FOLDER",
+                param="step_cache",
+            )
+        curve = load_curve(self.card.folder, transformer_sha256=self.card.transformer_sha256)
+        if self.loras:
+            note = "the step cache was measured without the LoRA: it may leave out more than its budget says"
+            warnings.warn(Note(note), stacklevel=2)
+        return curve
 
     def step_cache(self, request: Request) -> AbstractContextManager[StepCache | None]:
         """The transformer's block loop for one clip: a step cache if one is asked for, else as it is."""
@@ -557,7 +596,8 @@ class Pipeline:
     @cached_property
     def origin(self) -> dict[str, str]:
         """The fingerprint of the files that the model came from, and their commit in the Hub's cache."""
-        folder, weights = self.card.folder, fingerprint(self.card.folder, self.card.file)
+        folder = self.card.folder
+        weights = fingerprint(folder, self.card.file, parts_beside(self.card))
         revision = {"revision": folder.name} if folder.parent.name == "snapshots" else {}
         return revision | ({"weights": weights} if weights else {})
 
@@ -587,11 +627,11 @@ class Pipeline:
             out = _item(request.out, item)
             path = getattr(out, "path", None) if callable(out) else out
             recipe = recipes[item] | getattr(out, "notes", {})
-            for place in [] if path is None else [Path(path), Path(gettempdir()) / Path(path).name]:
+            for place in [] if path is None else [Path(path), Path(gettempdir()) / clip_of(path).name]:
                 try:
                     kept.append(save_latents(place, latents[item], recipe))
                     break
-                except FileError:
+                except Exception:  # the best that can be done: what went wrong before is what is told
                     continue
         return kept
 
@@ -636,7 +676,7 @@ class Pipeline:
 
     def card_hash(self) -> dict[str, str]:
         """The sha256 of the transformer's weights, where the model's `videogen.json` has it."""
-        found = self.card.sha256.get("transformer/diffusion_pytorch_model.safetensors")
+        found = self.card.transformer_sha256
         return {"transformer_sha256": found} if found else {}
 
     def set_lora_scale(self, *scales: float | int) -> None:
@@ -677,7 +717,9 @@ class Pipeline:
 
 
 def model_name(card: Card) -> str:
-    """What opens the model of a card again: its name if that finds it, else its folder."""
+    """What opens the model of a card again: its file if it is one, its name if that finds it, else its folder."""
+    if card.file:
+        return str(card.file)
     try:
         return card.name if find_model(card.name, offline=True, weights=False) == card.folder else str(card.folder)
     except VideogenError:

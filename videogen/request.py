@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from videogen.checks import SAMPLERS, check, check_kinds, is_int, shape_of, snapped
-from videogen.data.files import local
+from videogen.data.files import sha256_of
 from videogen.weights.card import Card
 
 Number = int | float
@@ -184,20 +184,14 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _sha256(value: Any) -> str:
-    """Of a file's bytes (a folder: of its files in order), or of an array's shape, type and values."""
+    """Of a file or folder (`sha256_of`), or of an array's shape, type and values."""
     import numpy as np
 
-    digest = hashlib.sha256()
     if isinstance(value, str | Path):
-        path = local(value)
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
+        return sha256_of(value)
     value = getattr(value, "frames", value)  # a Video
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         value = (value.float() if value.is_floating_point() and value.itemsize < 4 else value).numpy()
     array = np.ascontiguousarray(value)
-    digest.update(f"{array.dtype}{array.shape}".encode())
-    digest.update(array.tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 from PIL import Image
 
 from videogen import pipeline
-from videogen.cli import main
+from videogen.cli import generate, main
 from videogen.data.video import read_recipe, read_video
 from videogen.errors import NumericalError
 from videogen.pipeline import Pipeline, load
+from videogen.recipe import fingerprint
 from videogen.testing import tiny_pipeline
 
 
@@ -117,6 +119,20 @@ def test_csv_and_shards(folder, loads, capsys):
         ({"prompt": "a", "out": "1.mp4"}, ["rows 1 and 2", "1.mp4"]),
         ({"prompt": "a", "style": "sepiaa"}, ["row 2: ", "--style sepia"]),
         ({"seed": 3}, ["row 2: ", "no prompt"]),
+        ({"prompt": "a", "num": "b"}, ["row 2: ", "num"]),
+        ({"prompt": "a", "num": 0}, ["row 2: ", "num"]),
+        ({"prompt": "a", "num": 10**12}, ["row 2: ", "num"]),
+        ({"prompt": "a", "size": 720}, ["row 2: ", "size"]),
+        ({"prompt": "a", "size": [720]}, ["row 2: ", "size"]),
+        ({"prompt": "a", "out": 5}, ["row 2: ", "out"]),
+        ({"prompt": "a", "style": 5}, ["row 2: ", "style"]),
+        ({"prompt": "a", "keyframes": {"x": "red.png"}}, ["row 2: ", "keyframes"]),
+        ({"prompt": "a", "keyframes": {"4": 5}}, ["row 2: ", "keyframes"]),
+        ({"prompt": "a", "fps": "b", "seconds": 2}, ["row 2: ", "fps"]),
+        ({"prompt": "a", "seconds": "b"}, ["row 2: ", "seconds"]),
+        ({"prompt": 5, "style": "sepia"}, ["row 2: ", "prompt"]),
+        ({"prompt": ["a", "b"]}, ["row 2: ", "prompt"]),
+        ({"prompt": "a", "negative_prompt": ["b"], "style": "sepia"}, ["row 2: ", "negative_prompt"]),
         ([1], ["row 2 "]),
     ],
 )
@@ -128,6 +144,40 @@ def test_a_bad_row_is_named_before_anything_is_loaded(folder, loads, capsys, row
     assert all(word in err for word in words), err
     assert err.count("\n") == 3, "three lines"
     assert loads == []
+
+
+def test_a_rows_own_count_and_rate(folder, loads, capsys):
+    """Two clips of one name have their seeds in it; the length counts at the rate that the clip will have."""
+    rows = [{"prompt": "a", "num": 2, "out": "x.mp4"}, {"prompt": "b", "seconds": 1}, {"prompt": "c", "fps": 32}]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert batch("rows.jsonl", "--shard", "1/1", "--fps", "16", "--seconds", "0.5", model=folder) == 0
+    paths = [Path(row["path"]) for row in lines(capsys)[:-1]]
+    assert [path.name for path in paths[:2]] == ["x_s0.mp4", "x_s1.mp4"]
+    assert [len(read_video(path)[0]) for path in paths] == [9, 9, 17, 17]
+
+
+def test_what_all_rows_share_is_asked_once_and_when_the_weights_are_here(folder, loads, capsys, monkeypatch):
+    """A first run fetches the model: its clips are known again by the second."""
+    shutil.copytree(folder, "partly", ignore=lambda _, names: [n for n in names if n.endswith(".safetensors")])
+    seen = []
+
+    def find(model, *, offline, weights):
+        if weights:
+            shutil.copytree(folder, "partly", dirs_exist_ok=True)
+        return Path("partly")
+
+    def counted(*args):
+        seen.append(args)
+        return fingerprint(*args)
+
+    monkeypatch.setattr(generate, "find_model", find)
+    monkeypatch.setattr(generate, "fingerprint", counted)
+    Path("rows.txt").write_text("a red circle\na blue ring\n")
+    assert batch("rows.txt", model=Path("partly")) == 0
+    assert lines(capsys)[-1]["made"] == 2
+    assert len(seen) == 1
+    assert batch("rows.txt", model=Path("partly")) == 0
+    assert lines(capsys)[-1]["skipped"] == 2
 
 
 @pytest.mark.parametrize("text", ["", "{", "\n\n"])

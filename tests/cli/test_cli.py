@@ -23,6 +23,7 @@ from videogen.data.video import Video, read_recipe, read_video, write_video
 from videogen.errors import Cancelled, NumericalError
 from videogen.progress import Event, Progress, duration
 from videogen.request import Request
+from videogen.runtime.memory import PLANS
 
 FILES = {
     "model_index.json": {"_class_name": "CogVideoXPipeline"},
@@ -109,11 +110,20 @@ def test_a_clip_from_a_prompt(stub, model, capsys):
     assert read_video(path)[0].shape == (9, 32, 48, 3)
     assert read_recipe(path)["prompt"] == "A red circle!"
     assert "denoise 20/20" in err
+    assert stub.loaded[0].pop("memory") in PLANS.values(), "what it is to make is known: it is planned for"
     assert stub.loaded == [
         {"model": model, "offline": False, "compile": False}
-        | dict.fromkeys(("device", "dtype", "memory", "kernel"), "auto")
-        | dict.fromkeys(("lora", "verify", "quantize", "base", "variant"))
+        | dict.fromkeys(("device", "dtype", "kernel"), "auto")
+        | dict.fromkeys(("lora", "verify", "quantize", "base", "variant", "merge_lora"))
     ]
+
+
+def test_a_clip_of_windows_says_so_even_if_quiet(stub, model, capsys, monkeypatch):
+    monkeypatch.setattr(Stub, "windows", lambda self, request: [(0, 2), (1, 3)])
+    monkeypatch.setattr(Stub, "card", SimpleNamespace(native_frames=9, name="stub"), raising=False)
+    assert main(["t2v", "a", "b", "--model", model, "--quiet"]) == 0
+    notes = capsys.readouterr().err.splitlines()
+    assert notes == ["note: more than stub makes at once: overlapping windows of 9 frames; it may drift"]
 
 
 def test_snap_says_once_on_stderr_what_it_changed(stub, model, capsys):
@@ -189,6 +199,11 @@ def test_an_existing_file_is_refused_before_loading(stub, model, capsys):
         ("t2v a --size 64x64 --width 64", "--size alone"),
         ("t2v a --seed x", "--help"),
         ("t2v a --crf 99", "--crf 17"),
+        ("t2v a --dtype float8", "bfloat16"),
+        ("t2v a --kernel fast", "sdpa"),
+        ("t2v a --quantize int4", "int8"),
+        ("t2v a --memory tight", "low"),
+        ("t2v a --device mps", "cuda"),
         ("t2v a b --out c.mp4", "--out FOLDER"),
         ("t2v a --out c.avi", "c.mp4"),
         ("t2v @gone.txt", "check the path"),
@@ -274,6 +289,16 @@ def test_config_file_then_pairs_then_flags(stub, model, image, capsys):
     assert "before --config" in refused(capsys, "i2v", "--config", "a.yaml", "a prompt")[-1]
 
 
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("prompt: 5", 2), ("prompt: [a, 5]", 2), ("prompt: -night", 2), ("prompt:", 0)],
+)
+def test_a_config_file_of_other_kinds(stub, model, capsys, text, code):
+    Path("a.yaml").write_text(text)
+    assert main(["t2v", "a", "--model", model, "--config", "a.yaml", "--quiet"]) == code
+    assert ("error:" in capsys.readouterr().err) == bool(code)
+
+
 def test_info_of_a_model_and_of_a_clip(model, capsys):
     assert main(["info", model, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -286,6 +311,43 @@ def test_info_of_a_model_and_of_a_clip(model, capsys):
     assert (facts["num_frames"], facts["fps"], facts["recipe"]) == (9, 8.0, {"prompt": "a", "seed": 7})
     assert main(["info", "clip.mp4"]) == 0
     assert re.search(r"^  seed +7$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_info_says_what_matters_first_and_in_json_all(capsys):
+    assert main(["info", "tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["name", "licence", "sizes", "frames"]
+    assert len(lines) < 40
+    assert main(["info", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["provenance"]
+
+
+def test_info_of_latents_and_of_a_published_model_that_is_not_here(tmp_path, monkeypatch, capsys):
+    import torch
+
+    from videogen.data.latents import save_latents
+
+    path = save_latents(tmp_path / "clip.mp4", torch.zeros(3, 16, 4, 6), {"prompt": "a", "seed": 7})
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["latents"], facts["recipe"]) == ([3, 16, 4, 6], {"prompt": "a", "seed": 7})
+    monkeypatch.setattr("videogen.weights.hub.cache_folder", lambda: tmp_path / "hub")
+    assert main(["info", "CogVideoX-5b", "--offline", "--json"]) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert (facts["licence"], facts["sizes"], facts["folder"]) == ("CogVideoX License", "720x480", None)
+    assert err.startswith("note: zai-org/CogVideoX-5b is not here")
+    assert "not in the local cache" in refused(capsys, "info", "some/body", "--offline", code=3)[0]
+    gone = refused(capsys, "info", str(tmp_path / "gone.safetensors"), code=3)
+    assert gone[0].endswith("gone.safetensors does not exist.")
+
+
+def test_commands_in_commands_have_their_own_options(capsys):
+    assert "did you mean --json?   (videogen models list --help" in refused(capsys, "models", "list", "--jsno")[-1]
+    assert "did you mean --offline?" in refused(capsys, "lora", "inspect", "a", "--offlne")[-1]
+    assert "--overwrite" not in refused(capsys, "lora", "inspect", "a", "--overwrit")[-1]
+    assert main(["models", "pull", "no model", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

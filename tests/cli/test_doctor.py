@@ -93,12 +93,12 @@ def test_missing_kernels_are_notes_with_a_way_to_get_them(here):
 
 def test_a_check_that_fails_is_a_finding(here, monkeypatch):
     def hub():
-        raise RuntimeError("surprise")
+        raise RuntimeError("AttributeError: Surprise, a CUDA one\nand more")
         yield
 
     monkeypatch.setattr(doctor, "hub", hub)
     found = {finding.name: finding for finding in examine()}
-    assert (found["hub"].status, found["hub"].found) == (FIX, "RuntimeError: surprise")
+    assert (found["hub"].status, found["hub"].found) == (FIX, "surprise, a CUDA one")
 
 
 def test_low_disk_and_offline_are_notes(here, monkeypatch):

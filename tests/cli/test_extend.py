@@ -12,6 +12,7 @@ from videogen import cli
 from videogen.cli.generate import frames_of
 from videogen.data.video import read_recipe, read_video, write_video
 from videogen.data.world import clip
+from videogen.pipeline import Pipeline
 from videogen.recipe import sha256_of
 from videogen.weights.card import read_card
 from videogen.weights.hub import find_model
@@ -67,6 +68,29 @@ def test_seconds_are_frames(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for flags in (["--seconds", "2", "--frames", "17"], ["--seconds", "-2"], ["--seconds", "nan"]):
         assert cli.main(["t2v", "a red circle", *flags]) == 2
         assert "seconds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fps", ["inf", "nan", "0", "1e-9"])
+def test_seconds_at_a_rate_that_is_none(fps: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["t2v", "a red circle", "--seconds", "2", "--fps", fps]) == 2
+    assert "fps" in capsys.readouterr().err
+
+
+def test_pieces_that_were_made_are_kept(start: Path, tmp_path: Path, monkeypatch, capsys):
+    real, calls = Pipeline.generate, []
+
+    def generate(self, *args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **keywords)
+
+    monkeypatch.setattr(Pipeline, "generate", generate)
+    assert cli.main(["extend", str(start), "--frames", "20", "--out", str(tmp_path / "a.png"), *FAST]) == 130
+    assert "a-part" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a-part"]
+    assert len(read_video(tmp_path / "a-part")[0]) == 17 + 12
+    assert len((read_recipe(tmp_path / "a-part") or {})["extends"]["pieces"]) == 1
 
 
 def test_a_clip_beyond_the_native_length_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

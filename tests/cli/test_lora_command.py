@@ -145,6 +145,14 @@ def test_merge_writes_a_model_with_its_provenance(file, capsys):
     refused(capsys, "mine exists")
 
 
+def test_what_is_merged_has_the_settings_of_the_card(file, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("videogen.pipeline.Pipeline.save", lambda pipe, *_, **__: seen.append(pipe))
+    assert main(["lora", "merge", "tiny", str(file), "--out", "mine"]) == 0
+    assert seen[0].dit.config is seen[0].card.dit
+    assert seen[0].vae.config is seen[0].card.vae
+
+
 @pytest.mark.parametrize("command", [["lora", "merge", "tiny", "{}", "--out", "x"], ["t2v", "a", "--lora", "{}"]])
 def test_what_does_not_fit_is_refused_before_torch(command, other, file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("videogen.weights.single.load_parts", lambda *_, **__: 1 / 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import videogen
 from videogen.cli import main
 from videogen.data.video import Video, read_recipe, read_video, write_video
 from videogen.pipeline import Pipeline, load
+from videogen.errors import InvalidRequest
 from videogen.recipe import fingerprint, request_of
 from videogen.testing import tiny_pipeline
 from videogen.weights.card import read_card
@@ -154,6 +156,77 @@ def test_refused_where_it_would_be_another_clip(pipe, folder, capsys):
     assert not Path("outputs").exists()
 
 
+HOSTILE = [
+    {"first_frame": "/etc/hostname"},
+    {"keyframes": {"4": "/etc/hostname"}},
+    {"keyframes": {"z": "sha256:0"}},
+    {"keyframes": [5]},
+    {"mask": ["start.png"]},
+    {"video": 5},
+    {"batch_size": "x"},
+    {"batch_size": 10**10, "item": 0},
+    {"batch_size": 3, "item": 3},
+    {"batch_size": 3},
+    {"item": 0},
+    {"prompt": ["a", "b"]},
+    {"prompt": {"a": 1}},
+    {"negative_prompt": 5},
+    {"made_with": "x"},
+    {"made_with": {"device": "cpu", "threads": -1}},
+    {"made_with": {"memory": ["x"]}},
+    {"dtype": {}},
+    {"lora": "x"},
+    {"lora": [5]},
+    {"images": 5},
+    {"images": {"sha256:0": 5}},
+    {"weights": 5},
+    {"model": ["x"]},
+    {"seed": "x"},
+    {"fps": "x"},
+    {"height": {"z": 1}},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE, ids=json.dumps)
+def test_a_hostile_recipe_is_refused(folder, capsys, changes, clip_of):
+    """It names no files of this machine, and whatever else is in it is of its kind or refused."""
+    refused(capsys, clip_of(**changes), "--model", str(folder), "--quiet", "--style", "sepia")
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "on_step", "output", "keep_latents"])
+def test_only_a_caller_says_where_a_clip_goes(clip_of, name):
+    with pytest.raises(InvalidRequest, match=f"the {name} in this recipe"):
+        request_of(read_recipe(clip_of(**{name: "/etc/x.mp4"})) or {})
+
+
+@pytest.fixture
+def clip_of():
+    """A small clip with a recipe that was changed."""
+
+    def made(**changes) -> str:
+        recipe = {"videogen": "1", "model": "small", "prompt": "a", "num_inference_steps": 1, "fps": 8} | changes
+        return str(write_video("a.png", np.zeros((1, 32, 48, 3), np.uint8), 8, recipe=recipe))
+
+    return made
+
+
+def test_weights_are_compared_when_all_are_here(pipe, folder, capsys, monkeypatch):
+    """Of a model that is half in the cache the fingerprint would be another."""
+    clip = pipe.generate("a", **STEPS).save("a.mp4")
+    shutil.copytree(folder, "partly")
+    for path in Path("partly/transformer").glob("*.safetensors"):
+        path.unlink()
+
+    def find(model, *, offline, weights):
+        if weights:
+            shutil.copytree(folder, "partly", dirs_exist_ok=True)
+        return Path("partly")
+
+    monkeypatch.setattr("videogen.cli.generate.find_model", find)
+    again(clip, Path("partly"))
+
+
 def test_pictures_are_found_by_their_sha256(pipe, folder, capsys, here):
     video = pipe.generate("a red circle", first_frame="start.png", seed=1, **STEPS)
     clip = with_recipe(video, "b.mp4", images=None)
@@ -205,10 +278,11 @@ def test_a_lora_is_found_by_its_sha256(folder, capsys, here):
     factors = {f"{place}.lora_A.weight": (2, width), f"{place}.lora_B.weight": (width, 2)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in factors.items()}
     save_file(tensors, "style.safetensors")
-    video = load(folder, lora=("style.safetensors", 0.5)).generate("a red circle", **STEPS)
+    video = load(folder, lora=("style.safetensors", 0.5), merge_lora=False).generate("a red circle", **STEPS)
     clip = video.save("a.mp4")
     (here / "style.safetensors").rename(here / "kept" / "renamed.safetensors")
     assert "LoRA style.safetensors" in refused(capsys, str(clip), "--model", str(folder))
     assert np.array_equal(again(clip, folder, "--images", "kept"), video.frames)
+    assert (read_recipe("again") or {})["made_with"]["merge_lora"] is False, "beside the weights, as it was"
     with_flag = again(clip, folder, "--lora", "kept/renamed.safetensors:0.5", out="b.png")
     assert np.array_equal(with_flag, video.frames)

@@ -181,6 +181,7 @@ def test_refused(clip, tmp_path):
     for options in (
         {"fps": 0},
         {"fps": 999},
+        {"fps": 0.0001},
         {"fps": float("nan")},
         {"music": "gone.mp3"},
         {"music": "https://example.org/a.mp3"},
@@ -203,6 +204,13 @@ def test_refused(clip, tmp_path):
     with pytest.raises(InvalidRequest, match="itself"):
         post(clip, clip, fps=16, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.wav", "bad.mp3", "clip.mp4", "list.m3u8"]
+
+
+@pytest.mark.parametrize("fps", ["x", [8], 0.0001, None])
+def test_a_recipe_may_say_no_rate(tmp_path, fps):
+    frames = write_video(tmp_path / "a.png", np.zeros((2, 16, 16, 3), np.uint8), 8, recipe={"prompt": "a", "fps": fps})
+    with pytest.raises(InvalidRequest, match="frame rate"):
+        post(frames, tmp_path / "a.mp4")
 
 
 def test_an_error_leaves_nothing(clip, tmp_path, monkeypatch):

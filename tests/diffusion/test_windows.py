@@ -10,7 +10,16 @@ from videogen.diffusion.windows import padded_behind, spans, weights, windowed
 from videogen.testing import TINY_DIT, tiny_batch, tiny_pipeline
 from videogen.types import Conditioning
 
-LENGTHS = [(5, 5, None, 1), (9, 5, None, 1), (10, 5, 1, 1), (23, 13, None, 1), (7, 2, 1, 1), (44, 22, None, 2)]
+LENGTHS = [
+    (5, 5, None, 1),
+    (9, 5, None, 1),
+    (10, 5, 1, 1),
+    (23, 13, None, 1),
+    (7, 2, 1, 1),
+    (8, 4, None, 2),
+    (3, 2, None, 1),
+    (44, 22, None, 2),
+]
 
 
 @pytest.mark.parametrize(("total", "length", "overlap", "multiple"), LENGTHS)

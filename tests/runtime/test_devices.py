@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import videogen
 from videogen.errors import InvalidRequest, Note
+from videogen.runtime import kernels, names, quantize
 from videogen.runtime.devices import choose_device, choose_dtype, computes_bfloat16
+from videogen.runtime.plan import ITEM
 from videogen.testing import tiny_pipeline
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -84,6 +87,10 @@ def test_devices_that_are_not_there(monkeypatch):
     for wrong in ("warp", "", "cuda:x"):
         with pytest.raises(InvalidRequest, match="no device"):
             choose_device(wrong)
+    for other in ("meta", "mps", "xpu", "vulkan:0", torch.device("meta")):
+        with pytest.raises(InvalidRequest, match="no device") as caught:
+            choose_device(other)
+        assert caught.value.why
     assert choose_device("cpu") == choose_device(CPU) == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == CPU
@@ -95,3 +102,25 @@ def test_devices_that_are_not_there(monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(InvalidRequest, match="cuda:2"):
         choose_device("cuda:2")
+
+
+def test_names_known_without_torch_are_those_there_are():
+    assert set(names.KERNELS) == {"auto", "int8", *kernels.KERNELS}
+    assert set(names.FORMATS) == set(quantize.FORMATS)
+    assert set(names.DTYPES) == set(ITEM)
+    good = {"device": "cpu", "dtype": "auto", "memory": "auto", "kernel": "auto", "quantize": None}
+    names.check_names(**good)
+    for param, wrong in (
+        ("device", "warp"),
+        ("dtype", "float8"),
+        ("memory", "tight"),
+        ("kernel", "x"),
+        ("quantize", "x"),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            names.check_names(**good | {param: wrong})
+        assert caught.value.param == param
+        assert caught.value.why
+        assert caught.value.hint
+        with pytest.raises(InvalidRequest):  # before anything is fetched, or looked for
+            videogen.load("nobody/nothing", offline=True, **{param: wrong})

@@ -12,21 +12,23 @@ import pytest
 import torch
 from torch import nn
 
+import videogen
 from videogen.cli import main
 from videogen.config import DiTConfig, VAEConfig
-from videogen.errors import InvalidRequest
+from videogen.errors import InvalidRequest, OutOfMemory, as_known, is_out_of_memory
 from videogen.models.dit import AdaptiveNorm, DiT
 from videogen.models.vae import VAE, chunk_plan, decode_plan
 from videogen.runtime import plan as planner
 from videogen.runtime import vae as fast
 from videogen.runtime import winograd
 from videogen.runtime.counters import count
-from videogen.runtime.memory import PLANS, is_out_of_memory, next_plan
+from videogen.runtime.memory import PLANS, next_plan
 from videogen.runtime.plan import (
     GIB,
     Job,
     TextShape,
     choose,
+    choose_for,
     dit_weights,
     estimate,
     estimates,
@@ -168,6 +170,30 @@ def test_the_fastest_that_fits_is_chosen():
     assert planner.choose_or_least(Job(dit=FIVE, vae=VAEConfig()), device=GIB, host=None).plan.name == "minimal"
 
 
+def test_of_several_clips_the_one_that_needs_most_decides():
+    clip = Job(dit=FIVE, vae=VAEConfig())
+    single = replace(clip, num_frames=1)
+    assert choose_for([single], device=24 * GIB, host=None)[1].plan.name == "fast"
+    for jobs in ([clip], [single, clip, clip], [clip, single]):
+        job, found = choose_for(jobs, device=24 * GIB, host=None)
+        assert (job, found.plan.name) == (clip, "balanced")
+    on_a_cpu = replace(clip, device="cpu", dtype="float32")
+    assert choose_for([on_a_cpu], device=None, host=GIB)[1].plan.name == "minimal", "too little for any: the least"
+
+
+def test_a_request_is_only_checked_at_sizes_that_would_fit():
+    """To check one may decode a video."""
+    job, asked = Job(dit=FIVE, vae=VAEConfig()), []
+
+    def valid(*size: int) -> bool:
+        asked.append(size)
+        return True
+
+    flags = smaller(job, PLANS["low"], stage="decode", free=4 * GIB, multiple=16, valid=valid)
+    assert [flag.split()[0] for flag in flags] == ["--memory", "--frames", "--size"]
+    assert len(asked) == 2
+
+
 def test_flags_that_would_fit_do_fit():
     job = Job(dit=FIVE, vae=VAEConfig())
     flags = smaller(job, PLANS["low"], stage="decode", free=4 * GIB, multiple=16, valid=lambda *_: True)
@@ -192,6 +218,8 @@ def test_out_of_memory_has_several_names():
     assert is_out_of_memory(torch.OutOfMemoryError())
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+    for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        assert as_known(error).exit_code == OutOfMemory.exit_code
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -231,6 +259,28 @@ def test_the_command_plans_for_another_machine(five: str, capsys: pytest.Capture
     assert planned(capsys, "plan", "--model", five, "--device-memory", "2", "--memory", "low")["why"] == "asked for"
 
 
+def test_the_clip_is_made_under_the_plan_that_was_said(
+    five: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """For what is asked, not for the size of the model."""
+    monkeypatch.chdir(five)
+    loaded: list[Any] = []
+
+    def load(model: str, **options: Any) -> None:
+        loaded.append(options["memory"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(vars(videogen), "load", load)
+    for room in ("videogen.cli.plan", "videogen.pipeline"):
+        monkeypatch.setattr(f"{room}.free_host", lambda: 44 * GIB)
+    for frames in ("1", "49"):
+        flags = ["t2v", "a", "--model", five, "--device", "cpu", "--frames", frames]
+        planned_name = planned(capsys, *flags, "--dry-run")["chosen"]
+        assert main(flags) == 130
+        assert f"memory plan {planned_name}: " in capsys.readouterr().err
+        assert loaded.pop().name == planned_name
+
+
 def test_the_table_and_the_dry_run_are_the_same(capsys: pytest.CaptureFixture[str]):
     assert main(["plan", "text-to-video", "a", "--device", "cpu"]) == 0
     table = capsys.readouterr().out
@@ -245,7 +295,14 @@ def test_the_table_and_the_dry_run_are_the_same(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     "flags",
-    [["--frames", "50"], ["--memory", "tight"], ["--device-memory", "0"], ["--device-memory", "9", "--device", "cpu"]],
+    [
+        ["--frames", "50"],
+        ["--memory", "tight"],
+        ["--device-memory", "0"],
+        ["--device-memory", "nan"],
+        ["--host-memory", "inf"],
+        ["--device-memory", "9", "--device", "cpu"],
+    ],
 )
 def test_the_command_refuses_what_cannot_be(flags: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(["plan", *flags]) == InvalidRequest.exit_code

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import videogen
 from videogen.cli import main
-from videogen.data.latents import read_latents, save_latents
+from videogen.data.latents import clip_of, read_latents, save_latents
 from videogen.data.video import read_recipe, read_video
 from videogen.errors import Cancelled, FileError, InvalidRequest, Note, NumericalError, OutOfMemory
-from videogen.pipeline import Pipeline, not_finite
+from videogen.pipeline import Pipeline, model_name, not_finite
+from videogen.progress import Event
+from videogen.request import Request
 from videogen.runtime.memory import PLANS, Plan
 from videogen.runtime.offload import Stages, tensors
 from videogen.testing import TINY_DIT, tiny_pipeline
@@ -266,6 +269,28 @@ def test_of_several_clips_those_that_are_not_made_are_kept(tmp_path: Path):
     assert len(caught.value.latents) == 2  # type: ignore[attr-defined]
 
 
+def test_a_picture_that_is_gone_by_then_takes_nothing_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The recipe is of the request as it was asked; and what keeping raises is not what is told."""
+    picture, out = tmp_path / "a.png", tmp_path / "clip.mp4"
+    Image.new("RGB", (48, 32), "red").save(picture)
+    pipe = pipeline(dit=FREE)
+    name = Request(WORDS, first_frame=picture).recipe()["first_frame"]
+
+    def gone(event: Event) -> None:
+        if event.stage == "denoise":
+            picture.unlink(missing_ok=True)
+        if event.stage == "decode":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipe.generate(WORDS, first_frame=picture, out=out, on_step=gone)
+    assert read_latents(f"{out}.latents.safetensors")[1]["first_frame"] == name
+    broken = failing(save_latents, *range(1, 9), error=ValueError("no name"))
+    monkeypatch.setattr("videogen.pipeline.save_latents", broken)
+    with pytest.raises(Cancelled):
+        pipe.generate(WORDS, out=out, on_step=gone)
+
+
 def test_without_room_beside_the_clip_they_go_to_the_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("videogen.pipeline.gettempdir", lambda: str(tmp_path / "tmp"))
     monkeypatch.setattr("videogen.pipeline.save_latents", failing(save_latents, 1, error=FileError("full")))
@@ -292,11 +317,16 @@ def test_nothing_is_kept_of_a_clip_that_is_made_unless_it_is_asked_for(tmp_path:
     assert torch.equal(latents[None], pipeline().generate(WORDS, output="latent"))
 
 
-def test_a_file_of_latents_is_never_replaced_and_checked_when_it_is_read(tmp_path: Path):
+def test_a_file_of_latents_is_never_replaced_and_checked_when_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     latents = torch.randn(3, 4, 4, 6)
     first, second = (save_latents(tmp_path / "clip.mp4", latents, {"fps": 8}) for _ in range(2))
     assert (first.name, second.name) == ("clip.mp4.latents.safetensors", "clip-2.mp4.latents.safetensors")
     assert save_latents(tmp_path / "there" / "%03d.png", latents, {}).name == "there.png.latents.safetensors"
+    monkeypatch.chdir(tmp_path)
+    assert save_latents("%04d.png", latents, {}).name == f"{tmp_path.name}.png.latents.safetensors"
+    assert clip_of("/%04d.png") == Path("/frames.png")
     assert torch.equal(read_latents(second)[0], latents)
     second.write_bytes(second.read_bytes()[:-8])
     with pytest.raises(InvalidRequest, match="holds no latents"):
@@ -338,5 +368,28 @@ def test_the_command_finishes_the_clip(kept: Path, capsys: pytest.CaptureFixture
     assert read_recipe("two.webp") is None
     assert main(["decode", "gone.safetensors"]) == InvalidRequest.exit_code
     assert main(["decode", kept.name, kept.name, "--out", "one.mp4"]) == InvalidRequest.exit_code
+    latents = read_latents(kept)[0]
+    for name, recipe in (
+        ("model", {"model": ["x"], "fps": 8}),
+        ("fps", {"model": "tiny"}),
+        ("fps", {"model": "tiny", "fps": "x"}),
+    ):
+        path = save_latents("bad.mp4", latents, recipe)
+        capsys.readouterr()
+        assert main(["decode", str(path), "--out", "bad.mp4"]) == InvalidRequest.exit_code
+        assert name in capsys.readouterr().err
+    half = save_latents("half.mp4", latents, {"model": "tiny", "fps": 8, "dtype": "bfloat16"})
+    assert main(["decode", kept.name, str(half), "--out", "both"]) == InvalidRequest.exit_code
+    assert "several dtypes" in capsys.readouterr().err
+    images = {"sha256:0": {"webp": "AAAA", "pixels": "0"}}
+    pictured = save_latents("pictured.mp4", latents, {"model": "tiny", "fps": 8, "images": images})
+    assert main(["decode", str(pictured), "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["images"] == ["sha256:0"]
+    assert main(["decode", kept.name, "--kernel", "sdpa"]) == InvalidRequest.exit_code
     save_latents("other.mp4", torch.zeros(3, 99, 8, 8), {"model": "tiny", "fps": 8})
     assert main(["decode", "other.mp4.latents.safetensors"]) == InvalidRequest.exit_code
+
+
+def test_a_single_file_is_named_by_its_path(tmp_path: Path):
+    card = replace(pipeline().card, file=tmp_path / "model.safetensors")
+    assert model_name(card) == str(tmp_path / "model.safetensors")

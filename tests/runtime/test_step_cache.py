@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
-from videogen.errors import InvalidRequest
+from videogen.errors import InvalidRequest, Note
 from videogen.pipeline import Pipeline
 from videogen.runtime import step_cache as room
 from videogen.runtime.memory import PLANS
@@ -155,6 +156,19 @@ def test_a_model_without_a_curve_refuses_before_anything_is_computed():
     with pytest.raises(InvalidRequest, match="not calibrated"):
         tiny_pipeline().generate("a red circle", step_cache=0.1, on_step=events.append)
     assert not events
+
+
+def test_a_curve_was_measured_without_loras_and_a_note_says_so(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.card = dataclasses.replace(pipe.card, folder=tmp_path)
+    save_curve(tmp_path, FLAT, transformer_sha256=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe.curve == FLAT
+    del pipe.curve
+    pipe.loras = [object()]  # type: ignore[list-item]  # whichever
+    with pytest.warns(Note, match="without the LoRA"):
+        assert pipe.curve == FLAT
 
 
 def test_a_curve_is_straight_in_its_logarithm_and_stays_outside():

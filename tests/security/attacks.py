@@ -895,6 +895,11 @@ def attacks() -> Iterator[Attack]:
         yield Attack("T19", f"info of a recipe with {name}", command("info", recipe(text)), (HARMLESS, REFUSED))
         yield Attack("T19", f"rerun of a recipe with {name}", command("rerun", recipe(text)))
 
+    def naming(place: Place) -> Path:
+        return recipe(json.dumps({"prompt": "a", "first_frame": str(place.secret)}))(place)
+
+    yield Attack("T19", "rerun of a recipe that names a file here", command("rerun", naming))
+
 
 def piped(name: str) -> Callable[[Place], Callable[[], Any]]:
     def prepare(place: Place) -> Callable[[], Any]:

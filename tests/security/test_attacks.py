@@ -160,9 +160,15 @@ def test_large_models_compare_sizes_unless_asked(saved, monkeypatch):
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_files_are_synced_renamed_and_follow_the_umask(tmp_path, monkeypatch, umask):
     """Models, clips and states: no file reaches its name before its bytes reach the disk."""
+    import torch
     from torch import nn
 
+    from videogen.data.latents import save_latents
+    from videogen.models.lora import Update
+    from videogen.runtime.step_cache import Curve, save_curve
     from videogen.training.state import save_state
+    from videogen.weights.hub import _write_ref
+    from videogen.weights.lora import save_lora
 
     events: list[tuple[str, str]] = []
     fsync, replace, rename = os.fsync, os.replace, Path.rename
@@ -184,14 +190,21 @@ def test_files_are_synced_renamed_and_follow_the_umask(tmp_path, monkeypatch, um
         clip = write_video(tmp_path / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
         frames = write_video(tmp_path / "frames.png", np.zeros((2, 16, 16, 3), np.uint8), 8)
         state = save_state(tmp_path / "run", 1, 2, {"model": nn.Linear(2, 2)}, [], {})
+        single = [save_curve(tmp_path / "curve", Curve((0.0,), (1.0,)), transformer_sha256=None)]
+        single.append(save_lora(tmp_path / "lora", {"proj_out": Update(torch.ones(1, 8), torch.ones(8, 1), 1.0)}))
+        single.append(save_latents(tmp_path / "late" / "clip.mp4", torch.zeros(1, 1, 1, 1), {}))
+        _write_ref(tmp_path / "refs" / "main", "0" * 40)
     finally:
         os.umask(before)
-    files = [p for folder in (model, frames, state) for p in folder.rglob("*") if p.is_file()] + [clip]
+    files = [p for folder in (model, frames, state) for p in folder.rglob("*") if p.is_file()]
+    files += [clip, *single, tmp_path / "refs" / "main"]
     assert {p.stat().st_mode & 0o777 for p in files} == {0o666 & ~umask}
     moves = {source: index for index, (kind, source) in enumerate(events) if kind == "move"}
     for source, index in moves.items():
         inside = [path for kind, path in events[:index] if kind == "sync" and path.startswith(source)]
         assert inside, f"{source} was renamed before it was synced"
+    assert len(moves) >= 8, "all of them are renamed"
     synced_names = {Path(path).name for kind, path in events if kind == "sync"}
-    assert {p.name for p in files if p != clip} <= synced_names
+    inside = [p for folder in (model, frames, state) for p in folder.rglob("*") if p.is_file()]
+    assert {p.name for p in inside} <= synced_names
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -36,6 +36,7 @@ from videogen.weights.diffusers import (
     save_folder,
     verify_folder,
 )
+from videogen.weights.hub import weight_names
 from videogen.weights.load import weight_files
 
 WORDS = ["a", "red", "blue", "circle", "square", "moves", "right", "on", "black"]
@@ -263,6 +264,14 @@ def test_index_of_a_variant_is_found_under_both_names(folders, tmp_path):
     assert same(load_dit(folder), first)
     shutil.copytree(folders["sharded"] / "transformer", folder, dirs_exist_ok=True)
     assert not any("fp16" in path.name for path in weight_files(folder, "diffusion_pytorch_model"))
+
+
+def test_what_is_fetched_is_what_is_opened(tmp_path):
+    names = ["model.fp16.safetensors", "model-00001-of-00002.safetensors", "model.safetensors"]
+    for count in (1, 2, 3):  # one variant; beside it shards without an index, which cannot be opened; the plain file
+        (tmp_path / names[count - 1]).touch()
+        opened = [path.name for path in weight_files(tmp_path, "model")]
+        assert opened == weight_names(names[:count], "model")[0] == [names[2 if count == 3 else 0]]
 
 
 @pytest.mark.gpu

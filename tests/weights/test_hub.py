@@ -315,7 +315,9 @@ def test_no_socket_opens_for_a_model_that_is_there_or_refused(offline):
 def test_models_list_and_pull(net, capsys):
     assert main(["models", "list", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert next(row for row in rows if row["name"] == NAME)["cached"] == "no"
+    found = next(row for row in rows if row["name"] == NAME)
+    assert found["cached"] == "no"
+    assert [found[name] for name in ("width", "height", "num_frames", "fps")] == [720, 480, 49, 8], "numbers"
     assert main(["models", "pull", "CogVideoX-2b"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_dir()
     main(["models", "list"])

@@ -371,7 +371,7 @@ def test_nothing_is_overwritten_unasked_and_nothing_left_behind(tmp_path, monkey
         save_lora(tmp_path / "other", updates, form="lycoris")
     with pytest.raises(InvalidRequest, match="no LoRA to save"):
         save_lora(tmp_path / "other", {})
-    monkeypatch.setattr("videogen.weights.load.sync", lambda path: 1 / 0)
+    monkeypatch.setattr("videogen.data.files.sync", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_lora(tmp_path, updates, overwrite=True)
     assert path.read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -362,3 +363,25 @@ def test_the_command_line_says_what_a_file_is(models, tmp_path, capsys):
     assert "50" in capsys.readouterr().err
     assert cli.main(["text-to-video", "a", "--model", str(base), "--base", str(base)]) == 2
     assert "is a whole model" in capsys.readouterr().err
+
+
+def test_of_a_base_only_what_is_read_is_compared(models, tmp_path):
+    """Fetched in part, it lacks the weights that the file has; a file itself carries no hashes."""
+    from videogen import load
+
+    pipe, whole = models["5B"]
+    base = Path(shutil.copytree(whole, tmp_path / "base"))
+    for weights in (base / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    path = write(tmp_path / "file.safetensors", transformer(pipe))
+    opened = load(path, base=base, dtype="float32")
+    assert same(opened.dit, pipe.dit)
+    with pytest.raises(ModelNotFound, match="carries no hashes"):
+        load(path, base=base, verify=True)
+    with pytest.raises(InvalidRequest, match="not calibrated") as caught:
+        opened.generate("a", step_cache=0.1)
+    assert "convert" in caught.value.hint
+    with (base / "vae" / "diffusion_pytorch_model.safetensors").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(ModelNotFound, match="differ"):
+        load(path, base=base)

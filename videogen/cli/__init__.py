@@ -100,6 +100,18 @@ class Parser(argparse.ArgumentParser):
     def names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
+    def inner(self) -> tuple[str, dict[str, Parser]]:
+        """Of a command with commands of its own: where the chosen name goes in the namespace, and their parsers."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                return action.dest, dict(action.choices)
+        return "", {}
+
+    def chosen(self, args: argparse.Namespace) -> Parser:
+        """The parser of the innermost command that was given."""
+        name, parsers = self.inner()
+        return parsers[getattr(args, name)].chosen(args) if parsers else self
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with `run` set to the function of the command."""
@@ -115,14 +127,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args, unknown = parser.parse_known_args([argv[0], *given])
     if getattr(args, "preset", None):
         args, unknown = parser.parse_known_args([argv[0], *generate.preset_flags(args.preset, args.model), *given])
-    command = commands[args.command]
+    command = commands[args.command].chosen(args)
     for name in unknown:
         if name.startswith("-"):
-            raise _unknown("option", name.partition("=")[0], command.names(), f"videogen {args.command} --help")
+            raise _unknown("option", name.partition("=")[0], command.names(), f"{command.prog} --help")
         raise InvalidRequest(
             f"{name!r} is one argument too many.",
             why="text of several words needs quotes.",
-            hint=f"videogen {args.command} --help",
+            hint=f"{command.prog} --help",
         )
     return args
 
@@ -152,6 +164,7 @@ def build() -> tuple[Parser, dict[str, Parser]]:
         module.add_command(subparsers)
     for module in (info, doctor, models, plan, decode):
         module.add_command(subparsers)
-    for command in set(subparsers.choices.values()):
+    outer = set(subparsers.choices.values())
+    for command in outer | {inner for one in outer for inner in one.inner()[1].values()}:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser, dict(subparsers.choices)

@@ -8,15 +8,18 @@ import difflib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from videogen.checks import bad, is_int
 from videogen.cli import generate
 from videogen.data.files import check_output, local
 from videogen.distributed import launched, one_voice
 from videogen.errors import FileError, InvalidRequest, VideogenError, as_known
-from videogen.recipe import fingerprint
 from videogen.request import FILES, Request
 from videogen.weights.lora import open_loras
 
@@ -27,12 +30,11 @@ KINDS = (".jsonl", ".csv", ".txt")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a row asks for, checked: its number in the file, one job, and the sha256 of all that makes the clip."""
+    """What a row asks for, checked: its number in the file, one job, and whether that was done before."""
 
     number: int
     job: generate.Job
-    sha256: str
-    is_done: bool
+    is_done: bool = False
 
 
 def add_command(subparsers: Any) -> None:
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     _require_different_files(rows)
     first, count = args.shard
     rows = [row for row in rows if row.number % count == first % count]
+    facts = common_facts(args) if rows else {}
+    rows = [placed(row, facts, args) for row in rows]
     todo = [row for row in rows if not row.is_done]
     generate.say(args, f"{len(rows)} clips, {len(rows) - len(todo)} of them made before")
     for row in rows:
@@ -137,20 +141,33 @@ def _json(number: int, line: str) -> dict[str, Any]:
 
 def checked_rows(number: int, row: dict[str, Any], args: argparse.Namespace, card: Any) -> list[Row]:
     """A row, over the flags, as checked jobs with their files: one, or `num` of them."""
-    try:
+    with _of_row(number):
         given = settings(row, args.file.parent)
         own = {name: given.pop(name) for name in OWN if name in given}
         if "size" in own:
             given["width"], given["height"] = own["size"]
-        if "seconds" in own:
-            given["num_frames"] = generate.frames_in(own["seconds"], given.get("fps"), card)
-        request = Request(**generate.keywords(args) | generate.frames_of(args, card) | given)
+        seconds = own.get("seconds", None if "num_frames" in given else args.seconds)
+        given = generate.keywords(args) | generate.frames_of(args, card, given.get("fps")) | given
+        if seconds is not None:
+            given["num_frames"] = generate.frames_in(seconds, given.get("fps"), card)
+        request = Request(**given)
         if args.enhance:
             request.checked(card)  # before an enhancer is asked
-        style = own.get("style", args.style)
+        style, num = own.get("style", args.style), own.get("num", args.num)
         ((request, note),) = generate.reworded([request], args.enhance, style, args.styles)
-        jobs = generate.several([(request.checked(card), note)], own.get("num", args.num))
-        return [_placed(number, request, note, own.get("out"), args, card) for request, note in zip(*jobs, strict=True)]
+        jobs = generate.several([(request.checked(card), note)], num)
+        return [
+            Row(number=number, job=generate.Job(request=request, path=path, notes=note))
+            for request, note in zip(*jobs, strict=True)
+            for path in [_path(number, request, own.get("out"), num, args)]
+        ]
+
+
+@contextmanager
+def _of_row(number: int) -> Iterator[None]:
+    """An error also says which row it is about."""
+    try:
+        yield
     except VideogenError as error:
         kind = type(error)
         raise kind(f"row {number}: {error.what}", why=error.why, hint=error.hint, param=error.param) from error
@@ -173,12 +190,35 @@ def settings(row: dict[str, Any], folder: Path) -> dict[str, Any]:
             )
         if value is not None and value != "":
             given[name] = _value(name, value)
+    _check_kinds(given)
     for name in FILES:
-        if name == "keyframes" and isinstance(given.get(name), dict):
-            given[name] = {int(k): str(folder / v) for k, v in given[name].items()}
-        elif isinstance(given.get(name), str) and "://" not in given[name]:
-            given[name] = str(folder / Path(given[name]).expanduser())
+        if name == "keyframes" and name in given:
+            given[name] = {int(k): _beside(folder, v) for k, v in given[name].items()}
+        elif name in given:
+            given[name] = _beside(folder, given[name])
     return given
+
+
+def _beside(folder: Path, path: str) -> str:
+    return path if "://" in path else os.path.join(folder, os.path.expanduser(path))
+
+
+def _check_kinds(given: dict[str, Any]) -> None:
+    """What is used before a request is checked. A row is one clip, so texts are no lists."""
+    for name in ("prompt", "negative_prompt", "out", "style", *FILES):
+        if name in given and name != "keyframes" and not isinstance(given[name], str):
+            raise bad(name, given[name], "a text, and a row is one clip", '{"prompt": "a red circle"}')
+    if "num" in given:
+        generate.check_num(given["num"])
+    size = given.get("size", (1, 1))
+    if not (isinstance(size, tuple) and len(size) == 2 and all(map(is_int, size))):
+        raise bad("size", size, "width and height", '{"size": "720x480"}')
+    frames = given.get("keyframes", {})
+    known = isinstance(frames, dict) and all(
+        re.fullmatch("[0-9]{1,9}", str(k)) and isinstance(v, str) for k, v in frames.items()
+    )
+    if not known:
+        raise bad("keyframes", frames, "images by frame index", '{"keyframes": {"8": "middle.png"}}')
 
 
 def _value(name: str, value: Any) -> Any:
@@ -198,8 +238,8 @@ def _value(name: str, value: Any) -> Any:
         return value
 
 
-def _placed(number: int, request: Request, note: dict[str, Any], out: Any, args: argparse.Namespace, card: Any) -> Row:
-    """Where the clip goes, always the same for the same row, and whether it is there."""
+def _path(number: int, request: Request, out: str | None, num: int, args: argparse.Namespace) -> Path:
+    """Where the clip goes, always the same for the same row."""
     folder = Path(args.out or Path("outputs") / args.file.stem)
     if folder.suffix and not folder.is_dir():
         raise InvalidRequest(
@@ -210,15 +250,29 @@ def _placed(number: int, request: Request, note: dict[str, Any], out: Any, args:
         raise InvalidRequest(
             f"{out} leads out of {folder}.", why="a list's clips lie in its folder.", hint="--out FOLDER", param="out"
         )
-    if out and getattr(args, "num", 1) > 1:
+    if out and num > 1:
         path = path.with_stem(f"{path.stem}_s{request.seed}")
-    facts = request.recipe(0) | {
-        "model": card.name,
-        "weights": fingerprint(card.folder, card.file),
-        "format": path.suffix.lower(),
-    }
-    facts |= {name: getattr(args, name) for name in ("dtype", "kernel", "quantize")} | {"crf": args.crf}
+    check_output(path, overwrite=True)
+    return path
+
+
+def common_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What makes all clips what they are. The model's weights are fetched for that, if they are not here yet."""
+    facts = {name: getattr(args, name) for name in ("dtype", "kernel", "quantize", "crf")}
     facts["lora"] = [lora.recipe for lora in open_loras(args.lora)]
+    card = generate.card_of_model(args, weights=True)
+    return facts | {"model": card.name, "weights": generate.weights_of(card)}
+
+
+def placed(row: Row, facts: dict[str, Any], args: argparse.Namespace) -> Row:
+    """The row with the sha256 of all that makes its clip, and whether that clip is there."""
+    with _of_row(row.number):
+        return _placed(row, facts, args)
+
+
+def _placed(row: Row, facts: dict[str, Any], args: argparse.Namespace) -> Row:
+    job, path = row.job, row.job.path
+    facts = job.request.recipe(0) | facts | {"format": path.suffix.lower()}
     sha256 = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     target = check_output(path, overwrite=True)
     is_done = target.exists() and _sha256_in(target) == sha256
@@ -229,8 +283,8 @@ def _placed(number: int, request: Request, note: dict[str, Any], out: Any, args:
             hint="--overwrite, or another folder with --out",
             param="out",
         )
-    notes = note | {"row": number, "request_sha256": sha256}
-    return Row(number=number, job=generate.Job(request=request, path=path, notes=notes), sha256=sha256, is_done=is_done)
+    notes = job.notes | {"row": row.number, "request_sha256": sha256}
+    return replace(row, job=replace(job, notes=notes), is_done=is_done)
 
 
 def _sha256_in(clip: Path) -> str | None:

@@ -11,17 +11,20 @@ from typing import Any
 from videogen.cli import generate
 from videogen.cli.rerun import model_of
 from videogen.data.files import FORMATS, LATENTS, check_output, local
+from videogen.distributed import launched, one_voice
 from videogen.errors import InvalidRequest
 from videogen.progress import Progress, duration
+from videogen.recipe import checked, without_images
 
 
 def add_command(subparsers: Any) -> None:
     command = subparsers.add_parser("decode", help="make clips of latents that were kept")
     command.add_argument("latents", nargs="+", help=f"files that end with {LATENTS}")
-    generate.add_run_flags(command)
+    generate.add_run_flags(command, denoises=False)
     command.set_defaults(run=run, model=None, memory="balanced")  # of all networks only the VAE is needed
 
 
+@one_voice()
 def run(args: argparse.Namespace) -> None:
     """Read the latents and check the outputs, then load the model once and decode one file after the other."""
     generate.check_run_flags(args)
@@ -33,13 +36,25 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidRequest("two clips have one name.", why="each clip is a file.", hint="--out FOLDER", param="out")
     from videogen.data.latents import read_latents
 
-    kept = [read_latents(path) for path in paths]
-    named = {recipe.get("model") for _, recipe in kept}
-    if args.model is None and len(named) > 1:
-        raise InvalidRequest("these latents are of several models.", hint="one model at a time.", param="latents")
+    kept = [(latents, checked(recipe)) for latents, recipe in map(read_latents, paths)]
+    for name in ("model", "dtype"):
+        if getattr(args, name) in (None, "auto") and len({recipe.get(name) for _, recipe in kept}) > 1:
+            raise InvalidRequest(
+                f"these latents are of several {name}s.",
+                why=f"all are decoded by one {name}.",
+                hint=f"those of one {name} at a time, or --{name}",
+                param="latents",
+            )
     args.model = args.model or model_of(kept[0][1])
     card = generate.card_of_model(args)
-    for path, (latents, _) in zip(paths, kept, strict=True):
+    for path, (latents, recipe) in zip(paths, kept, strict=True):
+        if recipe.get("fps") is None:
+            raise InvalidRequest(
+                f"the recipe in {path} has no fps.",
+                why="without a rate there is no clip.",
+                hint=f"a file that videogen kept, whose name ends with {LATENTS}",
+                param="latents",
+            )
         if latents.shape[1] != card.vae.latent_channels:
             raise InvalidRequest(
                 f"{path} has latents of {latents.shape[1]} channels, {card.name} decodes {card.vae.latent_channels}.",
@@ -48,13 +63,15 @@ def run(args: argparse.Namespace) -> None:
                 param="model",
             )
     if args.dtype == "auto":  # as they would have been decoded
-        args.dtype = kept[0][1].get("dtype", "auto")
+        args.dtype = kept[0][1].get("dtype") or "auto"
     pipe = generate.open_model(args, card, [])
     for path, out, (latents, recipe) in zip(paths, outs, kept, strict=True):
         started = time.monotonic()
         generate.say(args, f"{path}: {len(latents)} latent frames")
         progress = None if generate.is_quiet(args) else Progress()
-        write = generate.Writer(out, {}, args.crf, args.overwrite, not args.no_metadata)
+        rank = launched()[0]
+        write = None if rank else generate.Writer(out, {}, args.crf, args.overwrite, not args.no_metadata)
+        pipe.sparing = pipe.spare(None)  # each clip may step down to a smaller memory plan
         try:
             video = pipe.finish(latents, recipe, out=write, on_step=progress)
         finally:
@@ -62,8 +79,10 @@ def run(args: argparse.Namespace) -> None:
                 progress.close()
         seconds = time.monotonic() - started
         generate.say(args, f"done in {duration(seconds)}; {path} is no longer needed")
-        facts = {"path": str(video.path), "seed": video.seed, "settings": video.settings, "seconds": round(seconds, 3)}
-        print(json.dumps(facts) if args.json else video.path, flush=True)
+        facts = {"path": str(video.path), "seed": video.seed, "settings": without_images(video.settings)}
+        facts["seconds"] = round(seconds, 3)
+        if rank == 0:
+            print(json.dumps(facts) if args.json else video.path, flush=True)
 
 
 def output(latents: Path, out: str | None, *, several: bool) -> Path:

@@ -82,11 +82,14 @@ def examine() -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as error:
-            yield Finding(check.__name__, FIX, f"{type(error).__name__}: {first_line(error)}", "install videogen again")
+            yield Finding(check.__name__, FIX, first_line(error), "pip install -e .   (in the checkout)")
 
 
 def first_line(error: BaseException | str) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+    """As the other lines are: without the name of an exception, and small at its beginning."""
+    line = (str(error).strip().splitlines() or ["it fails without a word"])[0][:200]
+    line = re.sub(r"^(?:[\w.]*(?:Error|Exception): )+", "", line)
+    return line[:1].lower() + line[1:] if re.match(r"(?:[A-Z][a-z]+|A)\b", line) else line
 
 
 def installed(name: str) -> str | None:
@@ -110,7 +113,7 @@ def packages() -> Iterator[Finding]:
             have = installed(package.name)
             if have is None or not package.specifier.contains(have, prereleases=True):
                 wrong.append(f"{package.name} {have or 'missing'} (needs {package.specifier or 'any'})")
-    fix = 'pip install --upgrade "videogen"   (in a checkout: pip install -e .)'
+    fix = "pip install -e .   (in the checkout)"
     yield Finding("packages", FIX if wrong else OK, ", ".join(wrong) or "all there", fix if wrong else "")
     if find_spec("torchvision") is not None:
         try:
@@ -333,4 +336,5 @@ def bundled_model() -> Iterator[Finding]:
         verify_folder(folder)
         yield Finding("bundled model", OK, f"{folder}, sha256 of every file as recorded")
     except VideogenError as error:
-        yield Finding("bundled model", FIX, f"{error.what} {error.why}", "pip install --force-reinstall videogen")
+        fix = "git checkout checkpoints/tiny   (in the checkout; a wheel: install it again)"
+        yield Finding("bundled model", FIX, f"{error.what} {error.why}", fix)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from videogen.data.files import written
 from videogen.data.video import Video
 from videogen.data.world import Scene, render
 from videogen.demo import contact_sheet
@@ -144,9 +145,8 @@ def fingerprint(model: str) -> str:
 
 def write(path: Path, text: str) -> None:
     """The whole file or none."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    with written(path) as part:
+        part.write_text(text)
 
 
 def generator(pipeline: Any, make: Make, what: Evaluation, batch: int):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from videogen.cli import generate
 from videogen.cli.rerun import model_of
 from videogen.data.files import local
 from videogen.distributed import launched, one_voice
+from videogen.errors import Note
 from videogen.progress import Progress, duration
 
 FLAGS = (
@@ -39,10 +42,10 @@ def run(args: argparse.Namespace) -> None:
     path = local(args.clip, param="clip")
     from videogen.data.video import Video, read_recipe, read_video, write_video
     from videogen.long import extend, piece, plan_extension
-    from videogen.recipe import sha256_of
+    from videogen.recipe import checked, sha256_of
 
     frames, fps = read_video(path)
-    recipe = read_recipe(path) or {}
+    recipe = checked(read_recipe(path) or {}, ("model", "revision"))  # another program's has a prompt of its own kind
     args.model = args.model or model_of(recipe)
     card = generate.card_of_model(args)
     said = recipe.get("prompt")
@@ -63,6 +66,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         asked = {"num_frames": args.frames, "overlap": args.overlap, "parent": sha256_of(Path(path))}
         video = extend(pipe, Video(frames, rate), prompt, on_step=progress, **asked, **given)
+    except BaseException as error:
+        if isinstance(made := getattr(error, "video", None), Video) and launched()[0] == 0:
+            keep(made, out, args)
+        raise
     finally:
         if progress:
             progress.close()
@@ -74,3 +81,15 @@ def run(args: argparse.Namespace) -> None:
     generate.say(args, f"done in {duration(seconds)}")
     row = {"path": str(made), "seed": args.seed, "settings": video.settings, "seconds": round(seconds, 3)}
     print(json.dumps(row) if args.json else made, flush=True)
+
+
+def keep(video: Any, out: Path, args: argparse.Namespace) -> None:
+    """What was made before an error, beside the clip that was to be: `clip-part.mp4`. As well as it goes."""
+    from videogen.data.latents import clip_of
+
+    clip = clip_of(out)
+    with contextlib.suppress(Exception):
+        names = (clip.with_stem(f"{clip.stem}-part{n}") for n in ("", *range(2, 100)))
+        free = next(name for name in names if not (name.with_suffix("") if name.suffix == ".png" else name).exists())
+        made = video.save(free, crf=args.crf, metadata=not args.no_metadata)
+        warnings.warn(Note(f"{len(video.frames)} frames are kept in {made}; extend goes on from there"), stacklevel=2)

@@ -11,23 +11,26 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from videogen.checks import MOST_PROMPTS, bad, is_int, is_real
 from videogen.config import read_yaml
 from videogen.data.files import FORMATS, check_output, read_lines
 from videogen.distributed import launched, one_voice
-from videogen.errors import InvalidRequest
+from videogen.errors import InvalidRequest, Note
 from videogen.progress import Progress, duration
-from videogen.recipe import without_images
+from videogen.recipe import fingerprint, without_images
 from videogen.request import HELP, Request
+from videogen.runtime.names import check_names
 from videogen.weights.card import Card
 from videogen.weights.hub import find_model
 from videogen.weights.lora import check_fit, open_loras, split_scale
-from videogen.weights.single import open_card
+from videogen.weights.single import open_card, parts_beside
 
 # What a shell can say of a Request; the other keywords (embeddings, latents, callbacks) are for Python.
 TYPES: dict[str, Any] = {
@@ -64,7 +67,7 @@ ALIASES = {
 METAVARS = {"video": "CLIP", "control_video": "CLIP", "mask": "IMG|CLIP", "fit": "HOW", "sampler": "NAME"}
 METAVARS |= dict.fromkeys(("use_dynamic_cfg", "uncond", "image_latent_scale"), "HOW")
 LOAD = ("device", "dtype", "memory", "kernel", "quantize", "compile", "lora", "offline", "verify")
-LOAD += ("base", "variant")  # keywords of `load`
+LOAD += ("base", "variant", "merge_lora")  # keywords of `load`
 
 
 def add_commands(subparsers: Any) -> None:
@@ -140,14 +143,19 @@ def add_habit_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
-def card_of_model(args: argparse.Namespace) -> Card:
-    """The card of `--model`, from small files and headers alone."""
-    path = find_model(args.model, offline=args.offline, weights=False)
-    return open_card(path, base=args.base, variant=args.variant, offline=args.offline, weights=False)
+def card_of_model(args: argparse.Namespace, *, weights: bool = False) -> Card:
+    """The card of `--model`, from small files and headers alone; or with the weights, which are then all here."""
+    path = find_model(args.model, offline=args.offline, weights=weights)
+    return open_card(path, base=args.base, variant=args.variant, offline=args.offline, weights=weights)
 
 
-def add_run_flags(command: argparse.ArgumentParser) -> None:
-    """Which model, how it runs, and where clips go."""
+def weights_of(card: Card) -> str | None:
+    """The fingerprint of a model whose weights are all here."""
+    return fingerprint(card.folder, card.file, parts_beside(card))
+
+
+def add_run_flags(command: argparse.ArgumentParser, *, denoises: bool = True) -> None:
+    """Which model, how it runs, and where clips go; without what is only for the transformer if it is not run."""
     add = command.add_argument
     add("--model", default="tiny", help="tiny (bundled), a folder, a .safetensors file, or org/name[@revision]")
     add("--base", metavar="MODEL", help="of a .safetensors file: where the parts it lacks come from (docs/formats.md)")
@@ -159,11 +167,15 @@ def add_run_flags(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto, fast, balanced, low or minimal: each needs less than the one before",
     )
-    add("--kernel", default="auto", help="attention: auto, or a name (docs/dit_speed.md); int8 is lossy")
-    add("--quantize", metavar="FORMAT", help="linear maps in 8 bits: fp8 or int8 (lossy)")
-    add("--compile", action="store_true", help="torch.compile for the transformer's blocks")
-    lora: dict[str, Any] = {"type": split_scale, "action": "append", "metavar": "PATH[:SCALE]"}
-    add("--lora", help="a LoRA file and how much it counts; several add up (docs/lora.md)", **lora)
+    if denoises:
+        add("--kernel", default="auto", help="attention: auto, or a name (docs/dit_speed.md); int8 is lossy")
+        add("--quantize", metavar="FORMAT", help="linear maps in 8 bits: fp8 or int8 (lossy)")
+        add("--compile", action="store_true", help="torch.compile for the transformer's blocks")
+        lora: dict[str, Any] = {"type": split_scale, "action": "append", "metavar": "PATH[:SCALE]"}
+        add("--lora", help="a LoRA file and how much it counts; several add up (docs/lora.md)", **lora)
+    else:
+        command.set_defaults(kernel="auto", quantize=None, compile=False, lora=None)
+    command.set_defaults(merge_lora=None)  # no flag: rerun does as its recipe says
     add("--offline", action="store_true", help="never use the network")
     add("--verify", action="store_true", default=None, help="compare the model's files with their hashes first")
     add("--out", metavar="PATH|DIR", help=f"a file ({', '.join(FORMATS)}) or a folder (default outputs/)")
@@ -228,29 +240,38 @@ def run(args: argparse.Namespace) -> None:
             print(json.dumps(made_clip) if args.json else made_clip["path"], flush=True)
 
 
-def frames_of(args: argparse.Namespace, card: Card) -> dict[str, Any]:
-    """`--seconds` as the number of frames nearest to it that the model makes."""
+def frames_of(args: argparse.Namespace, card: Card, fps: Any = None) -> dict[str, Any]:
+    """`--seconds` as the number of frames nearest to it that the model makes; `fps`: where no flag says another."""
     if args.seconds is None:
         return {}
     if getattr(args, "num_frames", None) is not None:
         raise InvalidRequest("--seconds is given beside --frames.", why="both are the length.", hint="one of them")
-    return {"num_frames": frames_in(args.seconds, getattr(args, "fps", None), card)}
+    given = getattr(args, "fps", None)
+    return {"num_frames": frames_in(args.seconds, fps if given is None else given, card)}
 
 
-def frames_in(seconds: float | int, fps: float | int | None, card: Card) -> int:
+def frames_in(seconds: Any, fps: Any, card: Card) -> int:
     """The first frame is at 0 s."""
-    if not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
-        raise InvalidRequest(
-            f"seconds is {seconds}.", why="it is the length of the clip.", hint="--seconds 6", param="num_frames"
-        )
-    return card.frames.nearest(round(seconds * (fps or card.fps)) + 1)
+    rate = card.fps if fps is None else fps
+    if not is_real(seconds) or not 0 <= seconds <= 3600:
+        raise bad("seconds", seconds, "the length of the clip, at most 3600", "--seconds 6")
+    if not is_real(rate) or not 0.1 <= rate <= 240:
+        raise bad("fps", rate, "a number from 0.1 to 240", "--fps 8")
+    return card.frames.nearest(round(seconds * rate) + 1)
 
 
 def check_run_flags(args: argparse.Namespace) -> None:
+    """What is wrong whatever the model is; without torch."""
+    check_names(**{name: getattr(args, name) for name in ("device", "dtype", "memory", "kernel", "quantize")})
     if not 0 <= args.crf <= 51:
         raise InvalidRequest(f"crf is {args.crf}.", why="it goes from 0 (best) to 51.", hint="--crf 17", param="crf")
-    if getattr(args, "num", 1) < 1:
-        raise InvalidRequest(f"num is {args.num}.", why="it is a count of clips.", hint="-n 4", param="num")
+    check_num(getattr(args, "num", 1))
+
+
+def check_num(num: Any) -> None:
+    """Of `--num`, or of a row."""
+    if not is_int(num) or not 1 <= num <= MOST_PROMPTS:
+        raise bad("num", num, f"a count of clips, at most {MOST_PROMPTS}", "-n 4")
 
 
 def reworded(
@@ -287,8 +308,9 @@ def several(made: Iterable[tuple[Request, dict[str, Any]]], count: int) -> tuple
     return [request for request, _ in pairs], [note for _, note in pairs]
 
 
-def open_model(args: argparse.Namespace, card: Card, requests: Iterable[Request]) -> Any:
-    """The pipeline the flags ask for, on all processes of torchrun; `requests` say whether there will be guidance."""
+def open_model(args: argparse.Namespace, card: Card, requests: Collection[Request]) -> Any:
+    """The pipeline the flags ask for, on all processes of torchrun; `requests` are what it is to make: they say whether
+    there will be guidance, and with --memory auto how much memory there must be."""
     for lora in open_loras(args.lora):
         check_fit(lora.file, card.dit, card.name)
     say(args, f"loading {card.name}")
@@ -301,9 +323,15 @@ def open_model(args: argparse.Namespace, card: Card, requests: Iterable[Request]
         start(args.device)
         is_guided = any((request.guidance_scale or 0) > 1 for request in requests)
         mesh = make_mesh(card.dit.num_attention_heads, is_guided=is_guided)
-    pipe = videogen.load(args.model, **{name: getattr(args, name) for name in LOAD})
-    if note := getattr(pipe, "memory_note", ""):
+    options = {name: getattr(args, name) for name in LOAD}
+    if args.memory == "auto":
+        from videogen.pipeline import plan_for
+        from videogen.runtime.devices import choose_device, choose_dtype
+
+        device = choose_device(args.device)
+        options["memory"], note = plan_for(card, device, choose_dtype(args.dtype, device, card), requests)
         say(args, note)
+    pipe = videogen.load(args.model, **options)
     if mesh is not None:
         from videogen.distributed.parallel import parallel
 
@@ -320,9 +348,10 @@ def make_clip(pipe: Any, job: Job, args: argparse.Namespace) -> dict[str, Any]:
     say(
         args, f"{prompt!r}: {width}x{height}, {frames} frames, {request.num_inference_steps} steps, seed {request.seed}"
     )
-    if len(pipe.windows(request)) > 1:
+    if len(pipe.windows(request)) > 1 and not rank:
         native, name = pipe.card.native_frames, pipe.card.name
-        say(args, f"note: more than {name} makes at once: overlapping windows of {native} frames; it may drift")
+        note = f"more than {name} makes at once: overlapping windows of {native} frames; it may drift"
+        warnings.warn(Note(note), stacklevel=2)
     progress = None if is_quiet(args) else Progress()
     out: Any = None if rank else Writer(job.path, job.notes, args.crf, args.overwrite, not args.no_metadata)
     if job.item is not None and not rank:
@@ -481,9 +510,16 @@ def preset_flags(name: str, model: str) -> list[str]:
 def _as_flags(values: dict[str, Any]) -> list[str]:
     flags: list[str] = []
     for name, value in values.items():
+        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+            raise InvalidRequest(
+                f"there is no setting {name!r}.",
+                why="a setting has the name of a flag.",
+                hint="seed: 7",
+                param="config",
+            )
         flag = "--" + name.replace("_", "-")
-        if name == "prompt":
-            flags += value if isinstance(value, list) else [value]
+        if name == "prompt" and value is not None:
+            flags += [_as_prompt(text) for text in (value if isinstance(value, list) else [value])]
         elif name == "keyframes" and isinstance(value, dict):
             flags += [f"--keyframe={index}={image}" for index, image in value.items()]
         elif name == "lora" and isinstance(value, list):
@@ -493,3 +529,16 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
         elif value is not None and value is not False and value != "false":
             flags.append(f"{flag}={value}")
     return flags
+
+
+def _as_prompt(text: Any) -> str:
+    """A text that is no flag when it stands where prompts do; `-` alone reads lines from stdin."""
+    if not isinstance(text, str):
+        raise bad("prompt", text, "a text, or a list of texts", 'prompt: "5"')
+    if text.startswith("-") and text != "-":
+        raise InvalidRequest(
+            f"the prompt {text!r:.60} begins with a dash.",
+            why="it would be read as a flag.",
+            hint="leave the dash out.",
+        )
+    return text

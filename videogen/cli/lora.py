@@ -49,7 +49,6 @@ def add_command(subparsers: Any) -> None:
     add("--overwrite", action="store_true", help="replace an existing file")
 
     for name, action in actions.choices.items():
-        action.add_argument("--debug", action="store_true", help="show the traceback of an error")
         action.set_defaults(run=RUN[name])
 
 
@@ -109,6 +108,7 @@ def merge(args: argparse.Namespace) -> None:
     assert parts.dit is not None
     assert parts.vae is not None
     assert parts.text_encoder is not None
+    parts.dit.config, parts.vae.config = card.dit, card.vae  # as `load` does: what the card tells of their use
     add_loras(parts.dit, loras)
     pipe = Pipeline(card, parts.dit, parts.vae, parts.text_encoder)
     pipe.loras = loras

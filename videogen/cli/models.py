@@ -27,9 +27,10 @@ def list_models(args: argparse.Namespace) -> None:
     for row in PUBLISHED:
         found = in_cache(row.name)
         state = "no" if not found else "partly" if select(names_in(found))[1] else "yes"
-        facts = {"name": row.name, "licence": row.licence, "size": f"{row.width}x{row.height}"}
-        facts |= {"frames": str(row.num_frames), "conditions": list(row.conditions), "cached": state}
-        line = f"{row.name:<42} {facts['size']:>9} x {facts['frames']:<3} {row.licence:<18} cached: {state:<7}"
+        facts = {"name": row.name, "licence": row.licence, "width": row.width, "height": row.height}
+        facts |= {"num_frames": row.num_frames, "fps": row.fps, "conditions": list(row.conditions), "cached": state}
+        size = f"{row.width}x{row.height}"
+        line = f"{row.name:<42} {size:>9} x {row.num_frames:<3} {row.licence:<18} cached: {state:<7}"
         print(json.dumps(facts) if args.json else f"{line} {', '.join(row.conditions)}")
 
 

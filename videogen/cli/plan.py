@@ -11,10 +11,9 @@ from videogen.errors import InvalidRequest
 from videogen.request import Request
 from videogen.runtime.plan import (
     GIB,
-    ITEM,
     RESERVE,
     Estimate,
-    choose,
+    choose_for,
     estimates,
     fits,
     free_device,
@@ -44,6 +43,7 @@ def add_command(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the request and print the table, or with --json its numbers in GiB."""
+    generate.check_run_flags(args)
     card = generate.card_of_model(args)
     words = args.prompt[1:] if args.prompt[:1] and args.prompt[0] in COMMANDS else args.prompt
     prompt = next(iter(generate.prompts_of(words)), "")
@@ -57,11 +57,11 @@ def planned(card: Card, request: Request, args: argparse.Namespace) -> dict[str,
     device, dtype, free, host = machine(card, args)
     job = job_of(card, request, dtype=dtype, device=device)
     found = estimates(job)
-    chosen = choose(found, device=free, host=host)
+    _, chosen = choose_for([job], device=free, host=host)  # as the command that makes the clip does
     if args.memory != "auto":
-        chosen = next((one for one in found if one.plan.name == args.memory), None)
-        if chosen is None:
-            raise InvalidRequest(f"there is no memory plan {args.memory!r}.", hint="--memory auto", param="memory")
+        chosen = next(one for one in found if one.plan.name == args.memory)
+    elif not fits(chosen.device, free) or (free is None and not fits(chosen.host, host)):
+        chosen = None
     f, h, w = job.grid
     facts: dict[str, Any] = {
         "model": card.name,
@@ -97,6 +97,8 @@ def why(found: list[Estimate], chosen: Estimate | None, asked: str, free: int | 
         return "none fits: even the least is too much"
     if asked != "auto":
         return "asked for"
+    if not fits(chosen.host, host):
+        return "the fastest that fits the device; for any that does, the host has little memory"
     faster = found[: found.index(chosen)]
     if not faster:
         return "the fastest there is, and it fits"
@@ -111,10 +113,10 @@ def why(found: list[Estimate], chosen: Estimate | None, asked: str, free: int | 
 
 def machine(card: Card, args: argparse.Namespace) -> tuple[str, str, int | None, int | None]:
     """(device, dtype, free bytes there, free bytes of the host): of this machine, or of the one the flags describe."""
-    host = free_host() if args.__dict__.get("host_memory") is None else int(args.host_memory * GIB)
     given = args.__dict__.get("device_memory")
-    if any(value is not None and value <= 0 for value in (given, args.__dict__.get("host_memory"))):
+    if any(value is not None and not 0 < value <= 2**20 for value in (given, args.__dict__.get("host_memory"))):
         raise InvalidRequest("memory is counted in GiB.", why="it is more than 0.", hint="--device-memory 24")
+    host = free_host() if args.__dict__.get("host_memory") is None else int(args.host_memory * GIB)
     if given is not None:
         if args.device == "cpu":
             raise InvalidRequest(
@@ -123,12 +125,10 @@ def machine(card: Card, args: argparse.Namespace) -> tuple[str, str, int | None,
                 hint="--host-memory",
                 param="device",
             )
-        if args.dtype not in ("auto", *ITEM):
-            raise InvalidRequest(f"{args.dtype!r} is no dtype.", hint="--dtype bfloat16", param="dtype")
-        trained = card.dtypes[0] if card.dtypes else "bfloat16"
+        trained = card.trained_dtype
         host = host if args.host_memory is not None else None  # another machine's is not known
         return "cuda", trained if args.dtype == "auto" else args.dtype, int(given * GIB), host
-    if args.device == "cpu" and args.dtype in ("auto", *ITEM):  # known without torch
+    if args.device == "cpu":  # known without torch
         return "cpu", "float32" if args.dtype == "auto" else args.dtype, None, host
     from videogen.runtime.devices import choose_device, choose_dtype
 

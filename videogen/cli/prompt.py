@@ -10,7 +10,6 @@ from typing import Any
 
 from videogen.cli import generate
 from videogen.request import Request
-from videogen.weights.card import read_card
 from videogen.weights.hub import find_model
 
 
@@ -44,12 +43,14 @@ def run(args: argparse.Namespace) -> None:
 
 def token_counter(model: str, offline: bool) -> Callable[[str], dict[str, Any]]:
     """How many tokens a prompt has for this model, how many it reads, and the words beyond; opens no weights."""
-    folder = find_model(model, offline=offline, weights=False)
-    most = read_card(folder).max_sequence_length
+    from videogen.weights.single import open_card
+
+    card = open_card(find_model(model, offline=offline, weights=False), offline=offline, weights=False)
+    most = card.max_sequence_length
     from videogen.models.text import count_tokens, cut_words
     from videogen.weights.diffusers import load_tokenizer
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(card.folder)
     return lambda text: {
         "tokens": count_tokens(tokenizer, text),
         "most_tokens": most,

@@ -13,7 +13,7 @@ from videogen import __version__
 from videogen.cli import generate
 from videogen.distributed import launched, one_voice
 from videogen.errors import InvalidRequest, ModelNotFound
-from videogen.recipe import PICTURES, fingerprint, request_of, sha256_of, unknown_settings
+from videogen.recipe import PICTURES, checked, request_of, sha256_of, unknown_settings
 from videogen.request import FILES, Request
 from videogen.runtime.memory import PLANS
 from videogen.weights.lora import open_loras
@@ -25,6 +25,7 @@ KEPT = {
     "kernel": "auto",
     "quantize": None,
     "compile": False,
+    "merge_lora": None,
 }  # or as a flag says
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         generate.say(args, f"note: the recipe says what this version does not know: {', '.join(unknown)}")
 
     replaced = {name: None for name in FILES if name in changes}  # what is given anew need not be found
-    changes |= generate.frames_of(args, card)
+    changes |= generate.frames_of(args, card, recipe.get("fps"))
     request, item = request_of({k: v for k, v in recipe.items() if k not in replaced}, args.images)
     request = changed(request, changes)
     notes = {} if "prompt" in changes else {name: recipe[name] for name in WORDS if name in recipe}
@@ -77,12 +78,12 @@ def run(args: argparse.Namespace) -> None:
     paths = generate.outputs(args, names)
 
     if not is_other:
-        transformer = card.sha256.get("transformer/diffusion_pytorch_model.safetensors")
-        require_same_weights(recipe, card.name, transformer, None if card.file else fingerprint(card.folder))
+        transformer = card.transformer_sha256
+        require_same_weights(recipe, card.name, transformer, None)
     has_other_loras = with_recipe(args, recipe)
+    if not is_other:  # of what is here by now, whole: some of the files would have another fingerprint
+        require_same_weights(recipe, card.name, None, generate.weights_of(generate.card_of_model(args, weights=True)))
     pipe = generate.open_model(args, card, requests)
-    if not is_other:  # once more, with what was fetched
-        require_same_weights(recipe, card.name, None, pipe.origin.get("weights"))
     if not (changes or is_other or has_other_loras) and (differing := differences(recipe, pipe.made_with())):
         generate.say(args, f"note: equal frames are not promised: {', '.join(differing)}")
     for request, path, note in zip(requests, paths, all_notes, strict=True):
@@ -102,7 +103,7 @@ def recipe_in(clip: str) -> dict[str, Any]:
             hint="videogen text-to-video, with the settings you remember",
             param="clip",
         )
-    return recipe
+    return checked(recipe)
 
 
 def refuse_extended(recipe: dict[str, Any]) -> None:
@@ -118,7 +119,7 @@ def refuse_extended(recipe: dict[str, Any]) -> None:
 
 def model_of(recipe: dict[str, Any]) -> str:
     """What `--model` would have said: the name, at its commit if it came from the Hub."""
-    name, revision = recipe.get("model", "tiny"), recipe.get("revision")
+    name, revision = recipe.get("model") or "tiny", recipe.get("revision")
     return f"{name}@{revision}" if revision and "/" in name else name
 
 
@@ -150,7 +151,10 @@ def reworded(
 ) -> tuple[Request, dict[str, Any]]:
     """In a style, or enhanced: from the prompt as it was before, if the recipe has that."""
     words = notes.get("original_prompt", prompt_of(request, item))
-    plain = replace(request, prompt=words, seed=seed_of(request, item))
+    negative = request.negative_prompt
+    if isinstance(negative, list) and item is not None:
+        negative = negative[item]
+    plain = replace(request, prompt=words, negative_prompt=negative, seed=seed_of(request, item))
     ((said, note),) = generate.reworded([plain], args.enhance, args.style, args.styles)
     return changed(request, {"prompt": said.prompt, "negative_prompt": said.negative_prompt}), notes | note
 
@@ -171,14 +175,15 @@ def with_recipe(args: argparse.Namespace, recipe: dict[str, Any]) -> bool:
     made_with = recipe.get("made_with") or {}
     for name, unsaid in KEPT.items():
         if getattr(args, name) == unsaid:
-            setattr(args, name, recipe.get(name, made_with.get(name, unsaid)))
+            said = [x for x in (recipe.get(name), made_with.get(name)) if x is not None]
+            setattr(args, name, said[0] if said else unsaid)
     if args.memory not in ("auto", *PLANS):  # a plan of somebody's own: what matters of it are the sums of guidance
         args.memory = "balanced" if made_with.get("guidance_in_two") else "fast"
     if made_with.get("device") == "cpu" and args.device in ("auto", "cpu"):
         import torch
 
         args.device = "cpu"  # also where there is a GPU by now
-        torch.set_num_threads(int(made_with.get("threads") or torch.get_num_threads()))
+        torch.set_num_threads(made_with.get("threads") or torch.get_num_threads())
     if args.lora is None and recipe.get("lora"):
         args.lora = [_found(lora, args.images) for lora in recipe["lora"]]
     return [lora.recipe for lora in open_loras(args.lora)] != (recipe.get("lora") or [])

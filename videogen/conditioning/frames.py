@@ -18,7 +18,6 @@ from videogen.models.vae import VAE
 from videogen.types import Conditioning, Latent
 
 OFS = 2.0  # the constant CogVideoX1.5-5B-I2V was trained with and is always told
-SCALES = ("mul", "div", "none")
 
 
 def known_frames(latents: Latent, known: Bool[Tensor, "b f"]) -> Conditioning:

@@ -1,15 +1,23 @@
-"""Which files may be read and written: asked before any work is done, so it imports nothing heavy."""
+"""Which files may be read and written, asked before any work is done; a file written whole; the sha256 of one.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import re
+import shutil
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from videogen.errors import FileError, InvalidRequest
 
 FORMATS = (".mp4", ".gif", ".webp", ".png")
+FLAGS = ("first_frame", "last_frame", "video", "control_video", "mask", "music")  # that take a path
 LATENTS = ".latents.safetensors"  # behind a clip's name: the latents it was to be decoded from
 
 
@@ -77,7 +85,7 @@ def local(path: str | Path, *, param: str | None = None) -> Path:
         raise InvalidRequest(
             f"{shown!r} does not exist." if "\0" in shown else f"{shown} does not exist.",
             why="no such file.",
-            hint="check the path.",
+            hint=f"check the path of --{param.replace('_', '-')}." if param in FLAGS else "check the path.",
             param=param,
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for, a device has no end
@@ -94,3 +102,60 @@ def read_lines(path: str | Path, *, limit: int = 4 * 2**20) -> list[str]:
         return [line for line in map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()) if line]
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path} cannot be read.", why=str(error), hint="a text file in UTF-8.") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of a file's bytes, or of a folder's plain files in order of their names, one behind the other."""
+    path = local(path)
+    digest = hashlib.sha256()
+    for part in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+# Writing
+
+
+def sync(path: Path) -> None:
+    """To the disk, so that a rename that follows cannot be the first thing to arrive there."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written(path: Path, *, move: Callable[[Path, Path], object] | None = None) -> Iterator[Path]:
+    """A temporary name beside `path` for a file or folder, which takes its place when the block ends well.
+
+    It is on the disk before that, with the rights that the umask gives (safetensors makes private files), and is
+    removed if the block ends otherwise. `move` puts it there in place of a rename. An OSError passes.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        part.touch()
+        rights = part.stat().st_mode
+        part.unlink()
+        yield part
+        if part.is_dir():
+            for inside in part.iterdir():
+                sync(inside)
+        else:
+            part.chmod(stat.S_IMODE(rights))
+        sync(part)
+        (move or os.replace)(part, path)
+        sync(path.parent)
+    finally:
+        _remove(part)
+
+
+def _remove(part: Path) -> None:
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

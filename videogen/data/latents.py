@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from videogen.data.files import LATENTS, local
+from videogen.data.files import LATENTS, local, written
 from videogen.errors import FileError, InvalidRequest
 
 
@@ -26,27 +26,31 @@ def save_latents(clip: str | Path, latents: Float[Tensor, "f c h w"], recipe: di
 
     Raises FileError if the disk takes no more.
     """
-    clip = Path(clip)
-    if "%" in clip.name:  # the pattern of a folder's frames
-        clip = clip.parent.with_name(clip.parent.name + clip.suffix)
+    clip = clip_of(clip)
     names = (f"{clip.stem}{n}{clip.suffix}{LATENTS}" for n in ("", *(f"-{i}" for i in range(2, 10_000))))
     path = next(clip.parent / name for name in names if not (clip.parent / name).exists())
     data = save({"latents": latents.detach().cpu().contiguous()}, metadata={"videogen": json.dumps(recipe)})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with written(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         raise FileError(
             f"{path} could not be written.", why=str(error), hint="free some disk space, or choose another --out"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
+
+
+def clip_of(out: str | Path) -> Path:
+    """What a clip is called that is written as `out`: where that is the pattern of a folder's frames, after the folder.
+
+    >>> clip_of("there/%03d.png").as_posix()
+    'there.png'
+    """
+    out = Path(out)
+    if "%" not in out.name:
+        return out
+    folder = out.parent if out.parent.name not in ("", "..") else Path(os.path.abspath(out.parent))
+    return folder.parent / ((folder.name or "frames") + out.suffix)
 
 
 def read_latents(path: str | Path) -> tuple[Float[Tensor, "f c h w"], dict[str, Any]]:

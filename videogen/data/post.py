@@ -6,7 +6,6 @@ FFmpeg's filters do the work, through PyAV. What was done is added to the clip's
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from videogen.data.files import check_output, local
+from videogen.data.files import check_output, local, sha256_of
 from videogen.data.video import open_clip, read_recipe, read_video, tags, write_video, written_whole
 from videogen.errors import FileError, InvalidRequest
 
@@ -65,9 +64,12 @@ def post(
         if fps is not None or suffix != ".mp4" or clip.suffix.lower() != ".mp4":
             frames, rate = read_video(clip)
             rate = rate or recipe.get("fps")
-            if not rate:
+            if not isinstance(rate, int | float) or not 0.1 <= rate <= 240:
                 raise InvalidRequest(
-                    f"{clip} has no frame rate.", why="pictures have none.", hint="make it an mp4 first.", param="clip"
+                    f"{clip} has no frame rate." if not rate else f"{clip} has a frame rate of {rate!r:.60}.",
+                    why="pictures have none, and their recipe says it as a number from 0.1 to 240.",
+                    hint="make it an mp4 first.",
+                    param="clip",
                 )
             chunks = iter([frames]) if fps is None else between(frames, rate, fps)
             options: dict[str, Any] = {"crf": crf, "loop": loop}
@@ -279,7 +281,7 @@ def _check(
 ) -> None:
     problems = (
         (target.exists() and target.samefile(clip), "out", f"{target} is the clip itself.", "another name."),
-        (fps is not None and not 0 < fps <= 240, "fps", f"fps is {fps}.", "--fps 24, at most 240."),
+        (fps is not None and not 0.1 <= fps <= 240, "fps", f"fps is {fps}.", "--fps 24, from 0.1 to 240."),
         (music and suffix != ".mp4", "music", f"{suffix[1:]} holds no sound.", "--out clip.mp4"),
         (not 0 <= fade <= 60, "fade", f"fade is {fade} seconds.", "--fade 0.5, from 0 to 60."),
         (not -70 <= loudness <= -5, "loudness", f"loudness is {loudness} LUFS.", "--loudness -16, from -70 to -5."),
@@ -298,9 +300,7 @@ def _said(clip: Path, suffix: str, fps: Any, music: Any, fade: Any, loudness: An
     said: dict[str, Any] = {"format": suffix[1:]}
     said |= {"fps": fps, "method": "minterpolate"} if fps is not None else {}
     if music:
-        with local(music).open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        said |= {"music": f"sha256:{sha256}", "fade": fade, "loudness": loudness}
+        said |= {"music": f"sha256:{sha256_of(music)}", "fade": fade, "loudness": loudness}
     return said
 
 

@@ -11,7 +11,6 @@ import contextlib
 import html
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 
-from videogen.data.files import check_output, local
+from videogen.data.files import check_output, local, written
 from videogen.errors import FileError, InvalidRequest, NumericalError, VideogenError
 
 Frames = UInt8[np.ndarray, "F H W 3"]
@@ -133,13 +132,10 @@ def write_video(
 def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary name beside the clip, which takes its place when the block ends well and is removed otherwise."""
     target = check_output(path, overwrite=overwrite)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        check_output(path, overwrite=overwrite)  # somebody else may have made it meanwhile
-        _sync(part)
-        _into_place(part, target)
+        with written(target, move=_into_place) as part:
+            yield part
+            check_output(path, overwrite=overwrite)  # somebody else may have made it meanwhile
     except OSError as error:  # PyAV's errors are among them
         raise FileError(
             f"{path} could not be written.",
@@ -147,8 +143,6 @@ def written_whole(path: Path, *, overwrite: bool) -> Iterator[Path]:
             hint="free some disk space, or choose another place with --out",
             param="out",
         ) from error
-    finally:
-        _remove(part)
 
 
 def _write_mp4(part: Path, chunks: Iterator[Frames], fps: float | int, recipe: dict[str, Any] | None, crf: int) -> None:
@@ -245,16 +239,6 @@ def _lean(recipe: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "images"}
 
 
-def _sync(part: Path) -> None:
-    """To the disk, so that the rename cannot arrive there before what it names."""
-    for path in [*part.iterdir(), part] if part.is_dir() else [part]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _into_place(part: Path, target: Path) -> None:
     """Rename; an existing folder of frames keeps its other files, but no frame of the longer clip before."""
     if not (part.is_dir() and target.is_dir()):
@@ -264,14 +248,6 @@ def _into_place(part: Path, target: Path) -> None:
         old.unlink()
     for new in sorted(part.iterdir()):
         os.replace(new, target / new.name)
-
-
-def _remove(part: Path) -> None:
-    if part.is_dir():
-        shutil.rmtree(part, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _even(height: int, width: int) -> None:

@@ -24,13 +24,14 @@ Span = tuple[int, int]  # first latent frame, and the one behind the last
 def spans(total: int, length: int, overlap: int | None = None, *, multiple: int = 1) -> list[Span]:
     """Windows of `length` over `total` latent frames, each sharing `overlap` with the one before.
 
-    Three quarters by default, as FreeNoise has it: with less, motion begins anew in each window. The last window ends
-    with the clip and shares what is left. `multiple`: of latent frames in a patch, which no window may cut.
+    Three quarters by default, as FreeNoise has it: with less, motion begins anew in each window; a patch less than all
+    where a window is only a few patches. The last window ends with the clip and shares what is left. `multiple`: of
+    latent frames in a patch, which no window may cut.
 
     >>> spans(5, 5), spans(9, 5), spans(9, 5, 1), spans(12, 6, multiple=2)
     ([(0, 5)], [(0, 5), (2, 7), (4, 9)], [(0, 5), (4, 9)], [(0, 6), (2, 8), (4, 10), (6, 12)])
     """
-    overlap = 3 * length // 4 if overlap is None else overlap
+    overlap = min(3 * length // 4, length - multiple) if overlap is None else overlap
     stride = (length - overlap) // multiple * multiple
     if not 0 < overlap < length or stride < 1:
         raise ValueError(f"windows of {length} latent frames cannot share {overlap}")

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from videogen.errors import InvalidRequest, Note
+from videogen.runtime.names import check_device, check_dtype
 
 if TYPE_CHECKING:
     from videogen.weights.card import Card
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """A device that is there; "auto" is CUDA if torch finds a GPU. Raises InvalidRequest for any other."""
+    """A CPU or a CUDA GPU that is there; "auto" is CUDA if torch finds one. Raises InvalidRequest for any other."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -47,7 +47,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 def choose_dtype(
     dtype: str | torch.dtype, device: torch.device, card: Card, *, bfloat16: bool | None = None
 ) -> torch.dtype:
-    """The dtype to compute in: one of DTYPES, its name, or "auto".
+    """The dtype to compute in: one of `runtime.names.DTYPES`, by name or as torch has it, or "auto".
 
     "auto" is float32 on a CPU, and elsewhere what the weights were trained in (`card.dtypes`, bfloat16 if unknown): 2B
     in float16, all others in bfloat16. Where there is no bfloat16 (`bfloat16`, by default what the device says), such
@@ -56,7 +56,8 @@ def choose_dtype(
     unknown dtype, and for bfloat16 on a device without it.
     """
     has_bfloat16 = computes_bfloat16(device) if bfloat16 is None else bfloat16
-    trained = card.dtypes[0] if card.dtypes else "bfloat16"
+    check_dtype(dtype)
+    trained = card.trained_dtype
     if isinstance(dtype, str) and dtype == "auto":
         if device.type == "cpu":
             return torch.float32
@@ -65,14 +66,7 @@ def choose_dtype(
             warnings.warn(Note(note), stacklevel=2)
             return torch.float32
         return getattr(torch, trained)
-    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES:
-        raise InvalidRequest(
-            f"{dtype!r} is not a dtype a model can run in.",
-            why="it is one of the floating-point types of torch.",
-            hint="float32, bfloat16, float16 or float64",
-            param="dtype",
-        )
+    chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if chosen == torch.bfloat16 and not has_bfloat16:
         raise InvalidRequest(
             "bfloat16 was asked for on a GPU without it.",

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from videogen.errors import InvalidRequest
 from videogen.models.attention import Attention, Kernel, sdpa
 from videogen.models.dit import DiT
+from videogen.runtime.names import no_kernel
 
 Shape = tuple[int, int, int, int]  # b k s c
 MEASURED = ("sdpa", "cudnn", "fa3", "flash", "efficient")
@@ -54,7 +55,7 @@ def set_kernel(dit: DiT, name: str, *, shape: Shape | None = None) -> DiT:
                 hint="sdpa, torch's own, works everywhere",
             )
     else:
-        raise InvalidRequest(f"there is no attention kernel {name!r}.", hint=f"one of auto, {', '.join(KERNELS)}")
+        raise no_kernel(name)
     for module in dit.modules():
         if isinstance(module, Attention):
             module.kernel = kernel
@@ -120,8 +121,7 @@ def problem(kernel: Kernel, head_dim: int, device: torch.device, dtype: torch.dt
     try:
         kernel(probe, probe, probe)
     except Exception as error:  # each library raises its own kinds
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return (str(error).strip().splitlines() or [f"it fails without a word ({type(error).__name__})"])[0]
     return ""
 
 
@@ -153,7 +153,7 @@ def _fa3() -> Kernel:
 
 def _xformers() -> Kernel:
     """xformers' memory-efficient attention: CUDA, float16 or bfloat16."""
-    attention = _from("xformers.ops", "memory_efficient_attention", 'pip install "videogen[xformers]"')
+    attention = _from("xformers.ops", "memory_efficient_attention", 'pip install -e ".[xformers]"')
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (rearrange(x, "b k s c -> b s k c") for x in (q, k, v))

@@ -1,6 +1,8 @@
 """Memory plans by name: what is resident, what comes in turn, what is cut into pieces.
 
-All give the same clip, bit for bit where guidance is evaluated the same way, otherwise up to the order of sums.
+All give the same clip, bit for bit where guidance is evaluated the same way, otherwise up to the order of sums. LoRAs
+are merged under "fast" and else stand beside the weights, which rounds otherwise: `merge_lora` of `videogen.load`
+decides it for any plan, and the recipe keeps it.
 """
 
 from __future__ import annotations
@@ -61,16 +63,6 @@ def next_plan(plan: Plan, stage: str) -> Plan | None:
     return next(differs, None)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no room for a tensor. Imports no torch: the classes are known by name."""
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
-    )
-
-
 def choose_plan(memory: str | Plan) -> Plan | None:
     """The plan of that name, or a plan of one's own. None for "auto": it is chosen by what there is."""
     if isinstance(memory, Plan):
@@ -82,7 +74,7 @@ def choose_plan(memory: str | Plan) -> Plan | None:
         raise InvalidRequest(
             f"there is no memory plan {memory!r}.",
             why=f"there are auto, {', '.join(PLANS)}, from all in memory to as little as possible.",
-            hint='memory="low" where a GPU is too small.',
+            hint="low, where a GPU is too small.",
             param="memory",
         )
     return PLANS[name]

@@ -114,7 +114,6 @@ class Job:
 
 def native_job(card: Card, *, dtype: str, device: str) -> Job:
     """A guided clip of the model's own size and length, from an image if it takes one."""
-    trained = card.dtypes[0] if card.dtypes else "bfloat16"
     return Job(
         dit=card.dit,
         vae=card.vae,
@@ -126,7 +125,7 @@ def native_job(card: Card, *, dtype: str, device: str) -> Job:
         known=int("first_frame" in card.conditions),
         steps=card.num_inference_steps,
         dtype=dtype,
-        files=trained if trained in ITEM else "bfloat16",
+        files=card.trained_dtype if card.trained_dtype in ITEM else "bfloat16",
         device="cpu" if device == "cpu" else "cuda",
     )
 
@@ -572,9 +571,17 @@ def free_device(device: str) -> int | None:
 
 
 def choose_or_least(job: Job, *, device: int | None, host: int | None) -> Estimate:
-    """The fastest plan that fits; where the host is what is short, by the device alone; else what needs least."""
+    """The fastest plan that fits; beside a GPU, if the host is what is short, by the device alone; else the least."""
     found = estimates(job)
-    return choose(found, device=device, host=host) or choose(found, device=device) or found[-1]
+    by_device = None if device is None else choose(found, device=device)
+    return choose(found, device=device, host=host) or by_device or found[-1]
+
+
+def choose_for(jobs: Iterable[Job], *, device: int | None, host: int | None) -> tuple[Job, Estimate]:
+    """`choose_or_least` for the job that needs most: under its plan all the others can be done as well."""
+    order = list(PLANS)
+    found = [(job, choose_or_least(job, device=device, host=host)) for job in dict.fromkeys(jobs)]
+    return max(found, key=lambda pair: (order.index(pair[1].plan.name), pair[1].device, pair[1].host))
 
 
 Valid = Callable[[int, int, int], bool]  # whether a model makes clips of (frames, height, width)
@@ -618,13 +625,13 @@ def smaller(job: Job, plan: Plan, *, stage: str, free: int | None, multiple: int
         flags[f"--memory {one.name}"] = device(job, one)
     shorter = (replace(job, num_frames=n) for n in range((job.num_frames - 2) // 8 * 8 + 1, 8, -8))
     for other in shorter:
-        if valid(other.num_frames, job.height, job.width) and need(other) <= room:
+        if need(other) <= room and valid(other.num_frames, job.height, job.width):
             flags[f"--frames {other.num_frames}"] = device(other)
             break
     for percent in range(95, 15, -5):
         height, width = (n * percent // (100 * multiple) * multiple for n in (job.height, job.width))
         other = replace(job, height=height, width=width)
-        if min(height, width) and valid(job.num_frames, height, width) and need(other) <= room:
+        if min(height, width) and need(other) <= room and valid(job.num_frames, height, width):
             flags[f"--size {width}x{height}"] = device(other)
             break
     if job.dtype in ("float32", "float64") and len(flags) < 3:

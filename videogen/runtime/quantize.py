@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from videogen.errors import InvalidRequest
 from videogen.models.dit import Block, DiT
 from videogen.models.lora import has_adapters
+from videogen.runtime.names import no_format
 
 MAPS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out", "mlp.up", "mlp.down")
 
@@ -57,9 +58,7 @@ def quantize(dit: DiT, form: str, *, whole_ends: int | None = None) -> DiT:
                 embeddings, the modulation and the output: they are small, and errors there reach everything
     """
     if form not in FORMATS:
-        raise InvalidRequest(
-            f"there is no 8-bit format {form!r}.", hint=f"one of {', '.join(FORMATS)}", param="quantize"
-        )
+        raise no_format(form)
     device = next(dit.parameters()).device
     if form == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise InvalidRequest(

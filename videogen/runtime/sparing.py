@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from videogen.errors import Note, OutOfMemory
+from videogen.errors import Note, OutOfMemory, is_out_of_memory
 from videogen.models.causal import Memory
 from videogen.models.vae import VAE
-from videogen.runtime.memory import is_out_of_memory, next_plan
+from videogen.runtime.memory import next_plan
 from videogen.runtime.offload import Stages
 from videogen.runtime.vae import HostMemory
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from videogen.data.files import written
 from videogen.errors import InvalidRequest
 from videogen.models.dit import DiT
 from videogen.models.replaced import give_back
@@ -149,7 +150,8 @@ def save_curve(folder: str | Path, curve: Curve, *, transformer_sha256: str | No
     """Beside the weights it was measured on, with their hash: after further training it is another model's."""
     path = Path(folder) / FILE
     data = {"transformer_sha256": transformer_sha256, **dataclasses.asdict(curve)}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with written(path) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
 
 

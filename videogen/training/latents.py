@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from videogen.config import ClipTraining
+from videogen.data.files import written
 from videogen.data.world import clip
 from videogen.models.vae import VAE
 from videogen.types import Latent
@@ -62,9 +62,8 @@ def cached_latents(
             continue
         indices = range(number * SHARD, min((number + 1) * SHARD, config.clips))
         parts = [encode_clips(config, vae, indices[i : i + 8], device) for i in range(0, len(indices), 8)]
-        temporary = path.with_suffix(".part")
-        save_file({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, temporary)
-        os.replace(temporary, path)
+        with written(path) as part:
+            save_file({k: torch.cat([p[k] for p in parts]) for k in parts[0]}, part)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from videogen.data.files import sync
 from videogen.errors import FileError
 
 
@@ -37,11 +37,11 @@ def save_state(
     (temporary / "run.json").write_text(json.dumps({"step": step, "samples": samples, **run}, indent=1))
     for path in [*temporary.iterdir(), temporary]:
         path.chmod(temporary.stat().st_mode & (0o666 if path.is_file() else 0o777))  # safetensors makes private files
-        _sync(path)
+        sync(path)
     if final.exists():  # a resumed run reaches a step it had already saved
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync(folder)
+    sync(folder)
     for old in saved_states(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -98,11 +98,3 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,7 +11,7 @@ from videogen.config import DiTConfig, VAEConfig, check_bounds, from_dict
 from videogen.errors import ModelNotFound
 from videogen.weights.guard import check_folder, read_json
 from videogen.weights.limits import ANY_LENGTH, ANY_SIZE, EVEN_LENGTH, Frames, Sizes
-from videogen.weights.models import conditions_of, layout_of, published
+from videogen.weights.models import CONDITIONS, LAYOUTS, conditions_of, layout_of, published
 
 CLASSES = {
     "transformer": ("CogVideoXTransformer3DModel",),
@@ -24,9 +24,9 @@ CLASSES = {
 class Card:
     """A model before its weights are loaded.
 
-    `conditions` is a subset of text, first_frame, last_frame, keyframes, video, control_video, mask; `layout` is how
-    the weights are told them (`videogen.weights.models.Published`). Sizes are pixels; `size_multiple` is what height
-    and width must be multiples of. `fixed_size`: a learned position table, so only the native size and length work.
+    `conditions` are of `weights.models.CONDITIONS`; `layout` is how the weights are told them
+    (`weights.models.Published`). Sizes are pixels; `size_multiple` is what height and width must be multiples of.
+    `fixed_size`: a learned position table, so only the native size and length work.
     `sizes`, `frames`, `dtypes`, `text_lengths` and `rates` are what it was trained for: open where that is unknown.
     """
 
@@ -62,6 +62,16 @@ class Card:
     def native_frames(self) -> int:
         """The longest clip of one pass; a longer one is made of windows of this many frames, and says so."""
         return self.num_frames if self.fixed_size else self.frames.most
+
+    @property
+    def trained_dtype(self) -> str:
+        """What the weights were trained in: of several the first, bfloat16 where it is unknown."""
+        return self.dtypes[0] if self.dtypes else "bfloat16"
+
+    @property
+    def transformer_sha256(self) -> str | None:
+        """Of the transformer's weights, where the model's `videogen.json` has it."""
+        return self.sha256.get("transformer/diffusion_pytorch_model.safetensors")
 
     @property
     def limits(self) -> dict[str, str]:
@@ -219,6 +229,15 @@ def own_facts(values: dict[str, Any], *, where: str) -> dict[str, Any]:
                 why="the file is damaged.",
                 hint="fetch or save the model again.",
             )
+    for key, known in (("conditions", CONDITIONS), ("layout", LAYOUTS)):
+        said = facts.get(key, ())
+        for value in (said,) if isinstance(said, str) else said:
+            if value not in known:
+                raise ModelNotFound(
+                    f"{where} has {key} = {value!r}.",
+                    why=f"this version knows {', '.join(known)}.",
+                    hint="correct the file, or a newer videogen.",
+                )
     check_bounds(facts, where=where)
     check_bounds({"fps": facts.get("rates")}, where=where)
     return facts | {key: from_dict(cls, facts[key], where=where) for key, cls in LIMITS.items() if key in facts}

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import videogen
 from videogen.config import to_dict
+from videogen.data.files import sync
 from videogen.errors import FileError, InvalidRequest, ModelNotFound
 from videogen.models.dit import DiT
 from videogen.models.positions import sincos_table, trained_latent_frames
@@ -39,7 +40,7 @@ from videogen.weights.diffusers import load_text_encoder, pipeline_class, save_f
 from videogen.weights.guard import check_file, read_json
 from videogen.weights.header import read_header
 from videogen.weights.hub import PICKLES, find_model
-from videogen.weights.load import build, sync
+from videogen.weights.load import build
 from videogen.weights.single import METADATA, Found, card_of_parts, find_base, find_parts, load_part, own_of, vae_config
 from videogen.weights.table import DIT_RULES, VAE_RULES, listed, to_theirs
 

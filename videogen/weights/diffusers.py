@@ -7,7 +7,6 @@ What is saved here opens in diffusers and the reverse, with every byte of the we
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from videogen.config import DiTConfig, VAEConfig, from_dict, to_dict
+from videogen.data.files import sha256_of, sync
 from videogen.errors import FileError, InvalidRequest, ModelNotFound
 from videogen.models.dit import DiT
 from videogen.models.text import TextEncoder
@@ -28,7 +28,7 @@ from videogen.models.vae import VAE
 from videogen.weights.card import CLASSES, Card
 from videogen.weights.guard import check_folder, check_tokenizer, read_json, t5_settings
 from videogen.weights.hub import select
-from videogen.weights.load import build, read_tensors, shapes_of, sync, weight_files, write_json, write_tensors
+from videogen.weights.load import build, read_tensors, shapes_of, weight_files, write_json, write_tensors
 from videogen.weights.table import DIT_RULES, VAE_RULES, Rules, count, listed, to_theirs
 
 PIPELINES = (
@@ -300,7 +300,7 @@ def save_vae(folder: str | Path, vae: VAE) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Relative path -> sha256 of every file below `folder`."""
-    return {name: _sha256(folder / name) for name in _below(folder)}
+    return {name: sha256_of(folder / name) for name in _below(folder)}
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -312,11 +312,12 @@ def _below(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
 
-def verify_on_load(folder: str | Path, *, verify: bool | None = None) -> None:
+def verify_on_load(folder: str | Path, *, verify: bool | None = None, replaced: Collection[str] = ()) -> None:
     """What opening a model checks, where its `videogen.json` has hashes: `verify_folder`, else the sizes alone.
 
     None: hashes of a model below 1 GiB (a second or two), the sizes of a larger one. A model of others is not checked:
-    nothing is recorded of it.
+    nothing is recorded of it. `replaced`: the parts whose weights come from a single file, and need not be in the
+    folder.
     """
     folder = Path(folder)
     path = folder / "videogen.json"
@@ -327,11 +328,11 @@ def verify_on_load(folder: str | Path, *, verify: bool | None = None) -> None:
         return
     if verify is None:
         verify = sum(p.stat().st_size for p in folder.glob("*/*.safetensors")) < VERIFIED
-    verify_folder(folder, contents=verify)
+    verify_folder(folder, contents=verify, replaced=replaced)
 
 
-def verify_folder(folder: str | Path, *, contents: bool = True) -> None:
-    """Compare every file with `videogen.json`: its size, and with `contents` its sha256.
+def verify_folder(folder: str | Path, *, contents: bool = True, replaced: Collection[str] = ()) -> None:
+    """Compare files with `videogen.json`: size, and with `contents` sha256; of `replaced` parts no weights.
 
     Raises ModelNotFound that names the damaged and missing files, or if there are no hashes.
     """
@@ -344,11 +345,12 @@ def verify_folder(folder: str | Path, *, contents: bool = True) -> None:
             why="a model's files lie in its folder and in those of its parts.",
             hint="fetch or copy the model again.",
         )
-    missing = [name for name in recorded if not (folder / name).is_file()]
-    there = [name for name in recorded if name not in missing]
+    here = [n for n in recorded if not (".safetensors" in n and n.partition("/")[0] in replaced)]
+    missing = [name for name in here if not (folder / name).is_file()]
+    there = [name for name in here if name not in missing]
     damaged = [name for name in there if lengths.get(name, size := (folder / name).stat().st_size) != size]
     if contents:
-        damaged += [n for n in there if n not in damaged and _sha256(folder / n) != recorded[n]]
+        damaged += [n for n in there if n not in damaged and sha256_of(folder / n) != recorded[n]]
     if not recorded or missing or damaged:
         problems = {"missing": missing, "damaged": damaged}
         why = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
@@ -359,11 +361,6 @@ def verify_folder(folder: str | Path, *, contents: bool = True) -> None:
             why=why or "videogen.json has no sha256 entries.",
             hint="fetch or copy the model again; or take their entries out of videogen.json, if the change is yours.",
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _config(module: DiT | VAE) -> dict[str, Any]:

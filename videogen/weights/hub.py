@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import videogen
+from videogen.data.files import written
 from videogen.errors import FileError, ModelNotFound
 from videogen.weights.models import PUBLISHED
 
@@ -84,9 +85,13 @@ def _local(model: str | Path) -> Path | None:
         path = Path(model).expanduser()
         if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
             return path
-        is_file = path.exists()
+        is_file, is_missing = path.exists(), path.suffix == ".safetensors" and not path.exists()
     except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte in it, `~` and nobody's name
         return None
+    if is_missing:
+        raise ModelNotFound(
+            f"{path} does not exist.", why="no such file.", hint="check the path of the model.", param="model"
+        )
     if is_file and path.suffix in PICKLES:
         raise ModelNotFound(
             f"{path} is a pickle.",
@@ -145,7 +150,7 @@ def select(names: Collection[str], *, weights: bool | Collection[str] = True) ->
     if weights:
         for part, stem in ((part, stem) for part, stem in STEMS.items() if part in wanted):
             inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
-            found, lacking = weight_names(inside, stem)
+            found, lacking = weight_names(inside, stem, where=part)
             files += [f"{part}/{name}" for name in found]
             missing += [f"{part}/{name}" for name in lacking]
         if not {"tokenizer/tokenizer.json", "tokenizer/spiece.model"} & set(names):
@@ -153,8 +158,12 @@ def select(names: Collection[str], *, weights: bool | Collection[str] = True) ->
     return sorted(files), missing
 
 
-def weight_names(names: Iterable[str], stem: str) -> tuple[list[str], list[str]]:
+def weight_names(names: Iterable[str], stem: str, *, where: str | Path = "a part") -> tuple[list[str], list[str]]:
     """Of the names in one network's folder, the weights of one variant with their index, and what these lack.
+
+    Variants (`fp16`) are written `{stem}.fp16.safetensors`, and in shards with an index called
+    `{stem}.safetensors.index.fp16.json` by diffusers and `{stem}.fp16.safetensors.index.json` by some others. Plain
+    ones go before them, and before shards without an index whatever can be opened.
 
     >>> weight_names(["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], "model")
     (['model.safetensors'], [])
@@ -174,11 +183,13 @@ def weight_names(names: Iterable[str], stem: str) -> tuple[list[str], list[str]]
                 variants.setdefault(variant, {}).setdefault(kind, []).append(name)
     if not variants:
         return [], [f"{stem}.safetensors"]
+    whole = {variant: kinds for variant, kinds in variants.items() if kinds.keys() & {"single", "index"}}
+    variants = whole or variants
     if None not in variants and len(variants) > 1:
         raise ModelNotFound(
-            f"there are several variants of {stem}: {', '.join(sorted(map(str, variants)))}.",
+            f"{where} holds several variants: {', '.join(sorted(map(str, variants)))}.",
             why="none of them is the plain one, so none is meant more than another.",
-            hint="a folder with the files of one variant.",
+            hint="keep the files of one variant in the folder.",
         )
     chosen = variants[None if None in variants else next(iter(variants))]
     if "single" in chosen:
@@ -311,10 +322,8 @@ def gigabytes(size: int) -> str:
 
 def _write_ref(ref: Path, commit: str) -> None:
     """What the branch was when it was fetched, where huggingface_hub looks for it too."""
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    part = ref.with_name(f".{ref.name}.{os.getpid()}.part")
-    part.write_text(commit)
-    os.replace(part, ref)
+    with written(ref) as part:
+        part.write_text(commit)
 
 
 # ---- what went wrong ------------------------------------------------------------------------------------------------

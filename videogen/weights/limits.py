@@ -53,6 +53,8 @@ class Sizes:
             for value, limits in ((long, self.long), (short, self.short))
         )
         pairs = [(a, b) for a in longs for b in shorts if a >= b and self.allow(a, b)]
+        if not pairs:  # no multiple is within the limits: the nearest to them
+            pairs = [(max(*longs, *shorts, multiple), max(min(shorts), multiple))]
 
         def change(pair: tuple[int, int]) -> float:
             a, b = math.log(pair[0] / long), math.log(pair[1] / short)
@@ -93,6 +95,8 @@ class Frames:
     def __post_init__(self) -> None:
         if self.step < CHUNK or self.step % CHUNK or not 1 <= self.most <= MOST_FRAMES:
             raise _no_limits("frames", (self.step, self.most), f"a multiple of {CHUNK}, and at most {MOST_FRAMES}")
+        if self.first < 1 or (self.first - 1) % (CHUNK // 2):
+            raise _no_limits("frames", self.first, "beginning at 1, 5, 9, …: after the first, 4 are a latent frame")
 
     def allow(self, count: int) -> bool:
         in_step = count >= self.first and (count - self.first) % self.step == 0

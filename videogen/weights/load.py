@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from videogen.data.files import sync
 from videogen.errors import InvalidRequest, ModelNotFound, VideogenError
 from videogen.weights.guard import read_json
 from videogen.weights.header import Shape, read_header, read_shapes
-from videogen.weights.hub import PICKLES
+from videogen.weights.hub import PICKLES, weight_names
 from videogen.weights.table import Rules, listed, to_ours, to_theirs
 
 log = logging.getLogger(__name__)
@@ -71,32 +72,16 @@ def shapes_of(module: nn.Module) -> dict[str, Shape]:
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one component: `{stem}.safetensors` or its shards, or else its only variant.
+    """The safetensors files of one component, those that `hub.weight_names` chooses: of shards, what their index names.
 
-    Variants (`fp16`) are written `{stem}.fp16.safetensors`, and in shards with an index called
-    `{stem}.safetensors.index.fp16.json` by diffusers and `{stem}.fp16.safetensors.index.json` by some others.
+    Raises ModelNotFound if there are none, several variants and none of them plain, or shards that are not all there.
     """
-    single = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors")
-    index = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors\.index(?:\.(\w+))?\.json")
-    variants: dict[str | None, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if found := single.fullmatch(path.name):
-            variants[found[1]] = path
-        elif found := index.fullmatch(path.name):
-            variants.setdefault(found[1] or found[2], path)
-    if not variants:
+    names, lacking = weight_names([path.name for path in folder.iterdir()], stem, where=folder)
+    if not names or f"{stem}.safetensors.index.json" in lacking:
         raise _nothing_to_open(folder, stem)
-    if None not in variants and len(variants) > 1:
-        raise ModelNotFound(
-            f"{folder} holds several variants: {', '.join(sorted(map(str, variants)))}.",
-            why="none of them is the plain one, so none is meant more than another.",
-            hint="keep the files of one variant in the folder.",
-        )
-    variant = None if None in variants else next(iter(variants))
-    if variant:
-        log.info("%s: using the only variant there is, %s", folder, variant)
-    chosen = variants[variant]
-    return _shards(chosen) if chosen.suffix == ".json" else [chosen]
+    if not names[-1].startswith((f"{stem}.safetensors", f"{stem}-")):
+        log.info("%s: using the only variant there is, %s", folder, names[0])
+    return _shards(folder / names[0]) if names[0].endswith(".json") else [folder / names[0]]
 
 
 def _shards(index: Path) -> list[Path]:
@@ -234,15 +219,6 @@ def write_tensors(folder: Path, stem: str, state: Mapping[str, Tensor], *, max_s
 def write_json(path: Path, values: Mapping) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """To the disk, so that a rename that follows cannot be the first thing to arrive there."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _split(state: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

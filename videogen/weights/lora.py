@@ -10,18 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from hashlib import file_digest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from videogen.config import DiTConfig
+from videogen.data.files import sha256_of, written
 from videogen.errors import FileError, InvalidRequest, ModelNotFound, VideogenError, visible
 from videogen.weights.guard import read_json
 from videogen.weights.header import Entry, read_header
@@ -178,8 +177,7 @@ class LoraFile:
 
     @cached_property
     def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.path)
 
 
 def open_lora(path: str | Path) -> LoraFile:
@@ -400,7 +398,7 @@ def check_fit(file: LoraFile, config: DiTConfig, model: str) -> None:
 
 def fits(file: LoraFile) -> list[str]:
     """The published models that have all its maps, by widths and layers: it was made for one of them, or the like."""
-    return [row.name for row in PUBLISHED if not _misfits(file, _config(row))]
+    return [row.name for row in PUBLISHED if not _misfits(file, row_config(row))]
 
 
 def _misfits(file: LoraFile, config: DiTConfig) -> list[str]:
@@ -408,15 +406,17 @@ def _misfits(file: LoraFile, config: DiTConfig) -> list[str]:
     return [name for name, size in file.sizes.items() if sizes.get(name) != size]
 
 
-def _config(row: Published) -> DiTConfig:
-    """As far as linear maps go."""
-    width, channels, patch_t, _ = row.shape
+def row_config(row: Published) -> DiTConfig:
+    """The transformer's settings, as far as linear maps and the limits of a request go."""
+    width, channels, patch_t, learned = row.shape
     return DiTConfig(
         num_layers=30 if width == 1920 else 42,
         num_attention_heads=width // 64,
         in_channels=channels,
         patch_size_t=patch_t,
         ofs_embed_dim=512 if row.name.endswith("1.5-5B-I2V") else None,
+        use_rotary_positional_embeddings=width != 1920,
+        use_learned_positional_embeddings=learned,
     )
 
 
@@ -566,8 +566,6 @@ def save_lora(path: str | Path, updates: Mapping[str, Update], *, form: str = "p
     import torch
     from safetensors.torch import save_file
 
-    from videogen.weights.load import sync
-
     if form not in FORMATS:
         raise InvalidRequest(f"there is no LoRA format {form!r}.", hint=f"one of {', '.join(FORMATS)}.", param="to")
     if not updates:
@@ -595,16 +593,8 @@ def save_lora(path: str | Path, updates: Mapping[str, Update], *, form: str = "p
             param="to",
         )
     renamed = {theirs: tensors[ours] for theirs, ours in names.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(renamed, partial, metadata={"format": "pt"} | _metadata(form, updates))
-        os.chmod(partial, path.parent.stat().st_mode & 0o666)
-        sync(partial)
-        partial.rename(path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written(path) as part:
+        save_file(renamed, part, metadata={"format": "pt"} | _metadata(form, updates))
     return path
 
 

@@ -14,6 +14,8 @@ from videogen.weights.limits import Frames, Sizes
 COGVIDEOX_LICENCE = "CogVideoX License"
 NATIVE_SIZE = Sizes(short=(480, 480), long=(720, 720), portrait=False)
 NATIVE_LENGTH = Frames(8, 49)
+CONDITIONS = ("text", "first_frame", "last_frame", "keyframes", "video", "control_video", "mask")
+LAYOUTS = ("text", "frames", "inp", "control", "pose", "image")  # as `Published` tells of them
 
 
 @dataclass(frozen=True, kw_only=True)

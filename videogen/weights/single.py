@@ -445,6 +445,12 @@ def open_card(
     return read_card(path, base=folder, variant=variant)
 
 
+def parts_beside(card: Card) -> list[str]:
+    """The networks that come from the card's folder: all, or those that its file lacks."""
+    there = file_parts(card)
+    return [part for part in WORDS if part not in there]
+
+
 def load_parts(
     card: Card,
     *,
@@ -459,13 +465,17 @@ def load_parts(
     components = diffusers.PARTS if components is None else components
     if card.file is None:
         return diffusers.load_folder(card.folder, components=components, **where)
-    found = find_parts(read_header(card.file).shapes, card.file, like=card.dit)
-    found = {OURS[part]: one for part, one in found.items() if OURS[part] in components}
+    found = {OURS[part]: one for part, one in file_parts(card).items() if OURS[part] in components}
     rest = [name for name in components if name not in found and name != "scheduler"]
     parts = diffusers.load_folder(card.folder, components=rest, **where) if rest else diffusers.Parts()
     scheduler = card.scheduler if "scheduler" in components else None
     new: dict[str, Any] = {name: load_part(card, one, **where) for name, one in found.items()}
     return replace(parts, scheduler_config=scheduler, **new)
+
+
+def file_parts(card: Card) -> dict[str, Found]:
+    """The networks that the card's single file holds, by diffusers' names; none of a folder."""
+    return {} if card.file is None else find_parts(read_header(card.file).shapes, card.file, like=card.dit)
 
 
 OURS = {"transformer": "dit", "vae": "vae", "text_encoder": "text_encoder"}  # the parts' names in diffusers and here
