@@ -11,7 +11,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest -n auto --dist loadfile
 
-# Everything, the exhaustive versions and GPU tests (where there is a GPU) included: about 9 minutes on two cores.
+# Everything, the exhaustive versions and GPU tests (where there is a GPU) included.
 test-all: .venv/installed
 	$(BIN)/pytest -n auto --dist loadfile -m "slow or not slow"
 

@@ -15,8 +15,8 @@ from PIL import Image
 import videogen
 from videogen.cli import main
 from videogen.data.video import Video, read_recipe, read_video, write_video
-from videogen.pipeline import Pipeline, load
 from videogen.errors import InvalidRequest
+from videogen.pipeline import Pipeline, load
 from videogen.recipe import fingerprint, request_of
 from videogen.testing import tiny_pipeline
 from videogen.weights.card import read_card
