@@ -1,25 +1,14 @@
 """scripts/price.py: every switch is put in and taken out, rows pair up with the lossless ones, and a run goes on."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "price.py"
-
 
 @pytest.fixture
-def price(monkeypatch) -> Any:
-    spec = importlib.util.spec_from_file_location("price", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "price", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def price(script) -> Any:
+    return script("price")
 
 
 def test_a_run_measures_switches_against_lossless_and_goes_on(price, monkeypatch, tmp_path):

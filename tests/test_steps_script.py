@@ -1,25 +1,14 @@
 """scripts/steps.py: rows are made once, a last frame that is told longer is nearer, table and plot are written."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "steps.py"
-
 
 @pytest.fixture
-def steps(monkeypatch) -> Any:
-    spec = importlib.util.spec_from_file_location("steps", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "steps", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def steps(script) -> Any:
+    return script("steps")
 
 
 def test_rows_are_made_once_and_a_last_frame_told_longer_is_nearer(steps, monkeypatch, tmp_path):

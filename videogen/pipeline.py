@@ -39,7 +39,7 @@ from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
 from videogen.progress import Event
 from videogen.recipe import fingerprint, request_facts
-from videogen.request import Request
+from videogen.request import Request, item_of
 from videogen.runtime.devices import choose_device, choose_dtype
 from videogen.runtime.memory import PLANS, Plan, choose_plan
 from videogen.runtime.modulation import expect
@@ -288,7 +288,7 @@ class Pipeline:
                     if request.output == "tensor":
                         made.append(self.decoded(one, {}, lambda chunks, _: torch.cat(list(chunks)), request))
                     else:
-                        out = _item(request.out, item)
+                        out = item_of(request.out, item)
                         made.append(self.finish(one, recipes[item], out=out, on_step=request.on_step))
         except BaseException as error:  # interrupts too: hours of denoising may be in these few megabytes
             setattr(error, "latents", latents[len(made) :])  # noqa: B010  (for Python; any kind of error)
@@ -624,7 +624,7 @@ class Pipeline:
         temporary files; returns the files. None for a clip that was to be no file, or if there is no room anywhere."""
         kept: list[Path] = []
         for item in range(without, len(recipes)):
-            out = _item(request.out, item)
+            out = item_of(request.out, item)
             path = getattr(out, "path", None) if callable(out) else out
             recipe = recipes[item] | getattr(out, "notes", {})
             for place in [] if path is None else [Path(path), Path(gettempdir()) / clip_of(path).name]:
@@ -797,10 +797,6 @@ def _size(request: Request) -> tuple[int, int, int]:
     """(height, width, frames) of a checked request."""
     frames, height, width = request.size
     return height, width, frames
-
-
-def _item(value: Any, item: int) -> Any:
-    return value[item] if isinstance(value, list | tuple) else value
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -119,9 +119,9 @@ class Request:
         own_seed = isinstance(self.seed, list | tuple)
         if item is not None and (own_seed or self.batch_size == 1):
             names = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
-            request = replace(self, **{name: _item(getattr(self, name), item) for name in names})
+            request = replace(self, **{name: item_of(getattr(self, name), item) for name in names})
             if self.keyframes:
-                request = replace(request, keyframes={k: _item(v, item) for k, v in self.keyframes.items()})
+                request = replace(request, keyframes={k: item_of(v, item) for k, v in self.keyframes.items()})
         recipe = {
             f.name: _plain(f.name, getattr(request, f.name))
             for f in fields(request)
@@ -168,7 +168,8 @@ HELP = {
 }
 
 
-def _item(value: Any, item: int) -> Any:
+def item_of(value: Any, item: int) -> Any:
+    """Of a value for each clip, or one for all: that of clip `item`."""
     return value[item] if isinstance(value, list | tuple) else value
 
 

@@ -65,6 +65,11 @@ def theirs(pipeline: Pipeline, *, video: bool = False) -> Any:
     config = pipeline.dit.config
     image = config.in_channels > config.out_channels
     kind = CogVideoXVideoToVideoPipeline if video else CogVideoXImageToVideoPipeline if image else CogVideoXPipeline
+    return built(kind, pipeline)
+
+
+def built(kind: Any, pipeline: Pipeline) -> Any:
+    """A pipeline class of diffusers with the parts of ours."""
     pipe = kind(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder.encoder,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import CogVideoXFunControlPipeline
 from diffusers.models.upsampling import CogVideoXUpsample3D
-from pipeline_pairs import DITS, difference, picture, run_ours, their_dit, their_vae, theirs
+from pipeline_pairs import DITS, built, difference, picture, run_ours, their_dit, their_vae, theirs
 from torch import Tensor
 
 from videogen.conditioning import inp
@@ -316,14 +316,7 @@ def test_control_equals_diffusers(name: str, dynamic: bool):
     request = {**BASE, "control_video": video, "use_dynamic_cfg": dynamic}
     frames, latents = run_ours(pipeline, request)
 
-    pipe: Any = CogVideoXFunControlPipeline(
-        tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder.encoder,
-        vae=their_vae(pipeline.vae),
-        transformer=their_dit(pipeline.dit),
-        scheduler=load_scheduler(pipeline.card.scheduler),
-    )
-    pipe.set_progress_bar_config(disable=True)
+    pipe = built(CogVideoXFunControlPipeline, pipeline)
     settings = {"height": HEIGHT, "width": WIDTH, "guidance_scale": GUIDANCE, "max_sequence_length": 8}
     settings |= {"num_inference_steps": STEPS, "use_dynamic_cfg": dynamic}
     generator = torch.Generator().manual_seed(SEED)
