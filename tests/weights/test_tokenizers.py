@@ -72,7 +72,7 @@ def test_a_saved_model_keeps_the_vocabulary_for_older_readers(model, spiece):
         {"spiece.model", "tokenizer_config.json"},
         {"tokenizer.json", "tokenizer_config.json"},
     ],
-    ids=str,
+    ids=lambda names: "+".join(sorted(names)),
 )
 def test_one_of_the_vocabularies_is_enough(model, spiece, tmp_path, keep):
     copy = with_files(model, tmp_path / "copy", keep)
