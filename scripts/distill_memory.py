@@ -81,12 +81,13 @@ def activations(config: DistillTraining, model: DiTConfig, vae: VAEConfig) -> di
     frames = (config.num_frames - 1) // int(vae.temporal_compression_ratio) + 1
     frames += -frames % (model.patch_size_t or 1)
     scale = vae.spatial_compression
-    shape = (config.batch_size, frames, model.out_channels, config.height // scale, config.width // scale)
+    samples = config.micro_batch_size or config.batch_size  # of one process
+    shape = (samples, frames, model.out_channels, config.height // scale, config.width // scale)
     with torch.device("meta"):
         student, critic, teacher = (network(model, config.gradient_checkpointing) for _ in range(3))
         noise = torch.empty(shape, dtype=torch.bfloat16)
-        text = torch.empty(config.batch_size, model.max_text_seq_length, model.text_embed_dim, dtype=torch.bfloat16)
-        t = torch.empty(config.batch_size, dtype=torch.float64)
+        text = torch.empty(samples, model.max_text_seq_length, model.text_embed_dim, dtype=torch.bfloat16)
+        t = torch.empty(samples, dtype=torch.float64)
     teacher.requires_grad_(False)
     told = Told(Conditioning(text=text), Conditioning(text=text))
     guided = Teacher(bfloat16(teacher), config.guidance_scale, process)

@@ -49,7 +49,7 @@ ARMS: dict[str, list[str]] = {
     "dit/muon-6e-3": ["fit.muon_learning_rate=6e-3"],
     "dit/batch-32": ["batch_size=32"],
     "dit/batch-8": ["batch_size=8"],
-    "dit/text-only": ["frame_conditions={none: 1.0, first: 0, last: 0, first+last: 0, keyframes: 0}"],
+    "dit/text-only": ["conditions.shares={none: 1.0}"],
     "dit/no-dropout": ["caption_dropout=0.0"],
     "dit/masked": ["masking={share: 0.75, mixer_layers: 1, finish: 0.2}"],
     "dit/deep": ["model.num_layers=9", "model.num_attention_heads=2"],

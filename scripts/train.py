@@ -1,11 +1,11 @@
-"""Train what a file says: `python scripts/train.py CONFIG [key=value ...]`, or the same under torchrun.
+"""`videogen train CONFIG [key=value ...]` as a script, which torchrun can start in many processes.
 
 torchrun --nproc-per-node 2 scripts/train.py configs/train/tiny_dit.yaml
 """
 
 import sys
 
-from videogen.training.run import main
+from videogen.cli import main
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(["train", *sys.argv[1:]]))

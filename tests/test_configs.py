@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from videogen.config import DistillTraining, DiTTraining, VAETraining, load_training
+from videogen.config import DistillTraining, DiTTraining, FinetuneTraining, VAETraining, load_training
 from videogen.errors import InvalidRequest
 from videogen.models.dit import DiT
 from videogen.models.vae import VAE
@@ -28,6 +28,10 @@ def test_a_training_file_loads_strictly_and_describes_networks(path: Path) -> No
         assert config.teacher
         assert not config.prompts or config.consistency.steps == 0
         return
+    if isinstance(config, FinetuneTraining):  # the network is its base's
+        assert config.model == "tiny" or config.data  # nobody trains CogVideoX on the world
+        assert not config.from_scratch or config.lora is None
+        return
     with torch.device("meta"):
         network = DiT(config.model) if isinstance(config, DiTTraining) else VAE(config.model)
     assert sum(p.numel() for p in network.parameters()) > 0
@@ -42,9 +46,27 @@ def test_a_training_file_loads_strictly_and_describes_networks(path: Path) -> No
 def test_its_first_lines_say_command_hardware_time_and_result(path: Path) -> None:
     header = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
     assert header, "open with a comment"
-    assert f"videogen train configs/train/{path.name}" in header[0]
+    assert re.search(rf"(videogen train|torchrun .* scripts/train.py) configs/train/{path.name}\b", header[0])
     for word in ("Hardware:", "Time:", "Result:"):
         assert f"# {word} " in header[0]
+
+
+def test_a_mapping_that_is_given_whole_replaces_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("task: finetune\nfit: {steps: 3}\nconditions:\n  shares: {first: 1.0}\n  dropout: 0.5\n")
+
+    def conditions(*settings: str):
+        found = load_training(path, settings)
+        assert isinstance(found, FinetuneTraining)
+        assert found.conditions is not None
+        assert found.conditions.dropout == 0.5
+        return found.conditions.shares
+
+    assert conditions() == {"first": 1}  # and none of the defaults
+    assert conditions("conditions.shares={last: 1}") == {"last": 1}
+    assert conditions("conditions.shares.last=2") == {"first": 1, "last": 2}
+    with pytest.raises(InvalidRequest):
+        conditions("conditions.shares={last: many}")
 
 
 @pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": BASE | {"models", "data.files"},
     "distributed": NETWORKS,
     "evaluation": BASE | {"models", "data"},
-    "training": NETWORKS | {"conditioning", "weights", "data", "evaluation", "progress"},
+    "training": NETWORKS
+    | {"conditioning", "weights", "data", "evaluation", "progress", "distributed", "pipeline"},  # clips while it trains
     "long": {"errors", "checks", "request", "recipe", "data"} | FILES,
     "pipeline": NETWORKS | {"conditioning", "weights", "data", "request", "recipe", "progress", "runtime"},
 }

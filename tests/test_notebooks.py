@@ -51,4 +51,5 @@ def test_it_is_valid_and_kept_without_outputs(path: Path) -> None:
 
 
 def test_there_are_notebooks() -> None:
-    assert [path.stem for path in NOTEBOOKS][:3] == ["01_first_video", "02_inside_the_model", "03_train_your_own"]
+    names = ["01_first_video", "02_inside_the_model", "03_train_your_own", "04_finetune_on_your_clips"]
+    assert [path.stem for path in NOTEBOOKS] == names

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -126,7 +127,7 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
                 param=key,
             )
         known[key] = tuple(value) if isinstance(value, list) else value
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for key, value in known.items():
         if not _fits(value, hints[key]):
             raise InvalidRequest(
@@ -137,6 +138,11 @@ def from_dict(cls: type[T], values: dict[str, Any], *, where: str = "config") ->
             )
     check_bounds(known, where=where)
     return cls(**known)
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -250,6 +256,34 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """What a run does about numbers that are not finite, norms out of their range and processes that hang."""
+
+    skips: int = 0  # steps with a loss or gradient that is not finite that a run may leave out; one more ends it
+    clip_sigmas: float = 0.0  # clip where a norm is so many standard deviations above its average, too; 0: no
+    timeout: float = 600.0  # seconds for which a process waits for the others; one at a step for twice that is ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateConfig:
+    """How a run's states are kept (`training.state`)."""
+
+    keep_last: int = 2  # the newest
+    keep_best: int = 0  # beside them, those with the lowest scores of the validation
+    asynchronous: bool = True  # written while the training goes on; takes host memory of the state's size
+    on_error: str = "stop"  # where a state cannot be written; or "go on": try again with the next one
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the processes of a training share its work (`distributed.training`); both numbers must divide theirs."""
+
+    shard: int = 1  # processes that share weights, gradients and optimiser (FSDP2); 1: each has all, 0: all share them
+    sequence: int = 1  # processes that share the tokens of each sample (Ulysses); divides the attention heads, too
+    checkpointing: str = "none"  # activations: "selective" keeps those of attention, "full" computes all again
+
+
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How parameters are moved, the same for every model. Rates are per optimiser step; the rate ends at 0."""
 
@@ -266,7 +300,11 @@ class FitConfig:
     bfloat16: bool = True
     seed: int = 0
     log_every: int = 20
+    trackers: list[str] = dataclasses.field(default_factory=list)  # beside the log: tensorboard, wandb, ...
     save_every: int = 200
+    state: StateConfig = dataclasses.field(default_factory=StateConfig)
+    safety: SafetyConfig = dataclasses.field(default_factory=SafetyConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +316,19 @@ class ClipStage:
     size: int  # side of the square crop, pixels
     batch_size: int
     image_share: float = 0.25
+    micro_batch_size: int = 0  # clips that one process computes at once, and as many frames of images; 0: its share
+
+
+@dataclass(frozen=True, kw_only=True)
+class GANConfig:
+    """The adversarial part of a VAE's loss, from a step on. The discriminator learns in the same steps."""
+
+    start: int  # step at which the discriminator begins to learn
+    head_start: int = 0  # steps for which it learns alone, before the VAE hears of it
+    weight: float = 0.5  # of its gradient at the decoder's last layer, against that of the reconstruction
+    rate: float = 1.0  # the discriminator's share of the learning rate
+    channels: int = 64
+    layers: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,15 +347,26 @@ class VAETraining:
 
     task: str = "vae"
     folder: str = "runs/vae"  # state, log and result
-    model: VAEConfig
+    start: str = ""  # a VAE that goes on learning: its folder, or a model's folder or name; "": from nothing
+    train_encoder: bool = True  # False: the latents stay those of `start`, and models made for it can use the result
+    model: VAEConfig = dataclasses.field(default_factory=VAEConfig)  # of a VAE from nothing
     stages: list[ClipStage]
     fit: FitConfig
+    clips: str = ""  # a folder of clips; "": the world's, of this size
     height: int = 64
     width: int = 64
     num_frames: int = 17
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
-    kl_weight: float = 1e-4
     detail_weight: float = 4.0  # extra weight of pixels on edges and in motion
+    square_weight: float = 4.0  # of squared errors, beside their absolute values
+    perceptual: str = ""  # a distance of `training.perceptual`: gradients, random, lpips; "": none
+    perceptual_weight: float = 1.0
+    kl_weight: float = 1e-4
+    gan: GANConfig | None = None
+    whole_clips: bool = False  # norms see whole clips in training, as with the published VAE, instead of chunks
+    time_parallel: int = 1  # processes that share the frames of each clip
+    gradient_checkpointing: bool = False
+    latents: str = "unit_variance"  # at the end: folded into the weights; or "scaling_factor", measured; or "keep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,20 +380,109 @@ class TextEncoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What is measured with every saved state, on clips that are never trained on (`training.validation`)."""
+
+    clips: int = 64  # held out, whose loss is taken
+    times: int = 10  # fixed noise levels at which it is taken, from clean to noise
+    batch_size: int = 16
+    samples: int = 4  # prompts whose clips are drawn into a picture, by the averages and the live weights; 0: none
+    num_inference_steps: int = 20  # of these clips
+    score: int = 0  # held-out prompts of the world whose clips are scored; 0: none
+
+
+CONDITIONS = ("none", "first", "last", "first+last", "prefix", "suffix", "every", "keyframes", "all")
+USUAL_CONDITIONS = {"none": 0.5, "first": 0.2, "last": 0.05, "first+last": 0.15, "keyframes": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionStage:
+    """A stretch of a training with shares of its own for the kinds of conditions."""
+
+    share: float  # of the run's steps
+    shares: dict[str, float]  # of `CONDITIONS`
+    least: float = 0.0  # share of its frames that prefix, suffix and keyframes tell a clip at least
+
+    def __post_init__(self) -> None:
+        check_shares(self.shares)
+        _check_ranges({"share": (self.share, 0, 1), "least": (self.least, 0, 1)}, where="conditions.curriculum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageNoise:
+    """Noise on told frames: the logarithm of each sample's standard deviation is normal (CogVideoX-I2V's numbers)."""
+
+    mean: float = -3.0
+    std: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionsConfig:
+    """Which latent frames of a clip the model is told in training (`training.conditions`)."""
+
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)  # by kind; none given: `USUAL_CONDITIONS`
+    curriculum: list[ConditionStage] = dataclasses.field(default_factory=list)  # before that, one after the other
+    preset: str = ""  # or a published curriculum, whole: "open-sora-plan"
+    every: tuple[int, ...] = (2, 3, 4)  # "every": each k-th frame from the first on, with one of these k
+    last_among: int = 1  # the picture told as the last frame is one of the last so many (PixelDance: 3)
+    last_dropout: float = 0.0  # share of told last frames that are left out (PixelDance's eta)
+    dropout: float = 0.0  # share of samples whose frames are all left out (CogVideoX-I2V: 0.05)
+    noise: ImageNoise | None = None  # on the told frames
+
+    def __post_init__(self) -> None:
+        if not self.shares:  # no default of the field: a file's shares would be added to it, not stand for it
+            object.__setattr__(self, "shares", dict(USUAL_CONDITIONS))
+        check_shares(self.shares)
+        ranges = {"last_among": (self.last_among, 1, 1000), "every": (min(self.every, default=0), 2, 1000)}
+        ranges |= {"last_dropout": (self.last_dropout, 0, 1), "dropout": (self.dropout, 0, 1)}
+        _check_ranges(ranges, where="conditions")
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Raises InvalidRequest where a kind of condition does not exist, or shares are no shares."""
+    for kind, share in shares.items():
+        if kind not in CONDITIONS:
+            near = difflib.get_close_matches(kind, CONDITIONS, n=1)
+            raise InvalidRequest(
+                f"no kind of condition {kind!r}.",
+                why=f"there are {', '.join(CONDITIONS)}.",
+                hint=f"did you mean {near[0]!r}?" if near else "remove it.",
+                param="conditions.shares",
+            )
+        _check_ranges({kind: (share, 0, 1e9)}, where="conditions.shares")
+    if not sum(shares.values()):
+        raise InvalidRequest("no kind of condition has a share.", hint="none: 1.0", param="conditions.shares")
+
+
+def _check_ranges(values: Mapping[str, tuple[float | int, float | int, float | int]], *, where: str) -> None:
+    """Raises InvalidRequest for a value that is not between its least and its most."""
+    for name, (value, least, most) in values.items():
+        if not least <= value <= most:
+            raise InvalidRequest(
+                f"{where} has {name} = {value}.",
+                why=f"it is from {least:g} to {most:g}.",
+                hint="correct the file.",
+                param=f"{where}.{name}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipTraining:
     """What every training on clips of the world has, encoded once beforehand: which clips, and what is told of them."""
 
     fit: FitConfig
     clips: int = 20_000  # how many clips are encoded once, before training
-    batch_size: int = 32
+    batch_size: int = 32  # samples of a step, over all processes
+    token_budget: int = 0  # instead: tokens of a step at most, of samples of any shapes; 0: as batch_size says
+    micro_batch_size: int = 0  # samples that one process computes at once; 0: its whole share of a step
+    packed_tokens: int = 0  # instead: tokens of a stream of samples of any shapes (`training.packing`); 0: one shape
     height: int = 64
     width: int = 64
     num_frames: int = 17
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     caption_dropout: float = 0.1  # share of samples that see the empty prompt
-    frame_conditions: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"none": 0.5, "first": 0.2, "last": 0.05, "first+last": 0.15, "keyframes": 0.1}
-    )
+    conditions: ConditionsConfig | None = None  # frames that are told; None: as of old, or the usual mixture
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +522,37 @@ class DiTTraining(ClipTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank updates that learn in place of a model's own weights (arXiv:2106.09685)."""
+
+    rank: int = 128
+    alpha: float | None = None  # an update counts alpha / rank; None: the rank
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out"])  # or ["all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneTraining(ClipTraining):
+    """`configs/train/finetune*.yaml`, `lora*.yaml`, `image-to-video*.yaml`: a model goes on learning.
+
+    What frames it is told in training, the model that is made can be told. One that had no room for them grows.
+    """
+
+    task: str = "finetune"
+    folder: str = "runs/finetune"  # state, log and result
+    name: str = ""  # of the model that is made; "": the folder's
+    model: str = "tiny"  # the base: a model folder or name, as for `--model`
+    from_scratch: bool = False  # the base gives shape, VAE and text encoder; its transformer's weights are made anew
+    data: str = ""  # a folder made by `videogen data cache`; "": clips of the world
+    held_out: float = 0.02  # share of that folder's clips that is kept for validation
+    height: int = 0  # of the world's clips; 0: the base's own
+    width: int = 0
+    num_frames: int = 0
+    lora: LoraConfig | None = None  # None: all weights of the transformer learn
+    timesteps: str = "uniform"  # or "informative"
+    dtype: str = "auto"  # of the model that is made: the base's, or float32, bfloat16, float16
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillTraining(ClipTraining):
     """`configs/train/distill*.yaml`: a student of few steps, without guidance, from a teacher of many.
 
@@ -402,7 +584,13 @@ def load_yaml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
     try:
         schema = OmegaConf.structured(cls)
         OmegaConf.set_readonly(schema, False)  # frozen dataclasses come read-only
-        merged = OmegaConf.merge(schema, read_yaml(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = schema
+        for values, depth in [(read_yaml(path), 0), *map(_override, overrides)]:
+            merged = OmegaConf.merge(merged, values)
+            for name, mapping in _mappings(cls, values, depth):  # given whole, not to be added to what was there
+                around = name.rpartition(".")[0]
+                OmegaConf.set_readonly(OmegaConf.select(merged, around) if around else merged, False)
+                OmegaConf.update(merged, name, mapping, merge=False)
         return cast(T, OmegaConf.to_object(merged))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         at = getattr(error, "full_key", None)
@@ -412,6 +600,30 @@ def load_yaml(path: str | Path, cls: type[T], overrides: Sequence[str] = ()) -> 
             hint="correct the file or the key=value.",
             param=at,
         ) from error
+
+
+def _override(setting: str) -> tuple[dict[str, Any], int]:
+    """`a.b=value` as a nested dict, and how many of its levels are the name's."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.from_dotlist([setting]))
+    return cast(dict[str, Any], values), setting.partition("=")[0].count(".") + 1
+
+
+def _mappings(
+    cls: type, values: Mapping[str, Any], depth: int = 0, path: str = ""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Dotted paths of the fields of type `dict` that get a mapping at `depth` levels or more, and that mapping."""
+    hints = _hints(cls)
+    for key, value in values.items():
+        kinds = (get_args(hints[key]) or (hints[key],)) if key in hints and isinstance(value, dict) else ()
+        if kinds and get_origin(hints[key]) is dict:
+            if path.count(".") + 1 >= depth:
+                yield f"{path}{key}", value
+            continue
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                yield from _mappings(cast(type, kind), value, depth, f"{path}{key}.")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -457,8 +669,13 @@ def _plain_yaml(path: Path) -> str:
     return text
 
 
-Training = VAETraining | DiTTraining | DistillTraining
-TRAININGS: dict[str, type[Training]] = {"vae": VAETraining, "dit": DiTTraining, "distill": DistillTraining}
+Training = VAETraining | DiTTraining | FinetuneTraining | DistillTraining
+TRAININGS: dict[str, type[Training]] = {
+    "vae": VAETraining,
+    "dit": DiTTraining,
+    "finetune": FinetuneTraining,
+    "distill": DistillTraining,
+}
 
 
 def load_training(path: str | Path, overrides: Sequence[str] = ()) -> Training:

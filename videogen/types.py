@@ -51,15 +51,29 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Several clips in one stream, one behind the other: each its text, then its video. They do not see each other.
+
+    lengths  tokens of each clip in the whole stream
+    runs     what the tokens here are, stretch by stretch: (tokens, clip, modality: 0 video, 1 text)
+    """
+
+    lengths: tuple[int, ...]
+    runs: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
 class Tokens:
     """The packed stream the transformer blocks see: each token carries what it is.
 
-    Rows are contiguous: text first, then video, so the lookup of a modality is a slice.
+    Rows are contiguous: text first, then video, so the lookup of a modality is a slice. Where `segments` say that a
+    stream holds several clips, it is a batch of one, `time` has a row per clip, and `text_length` is 0.
     """
 
     x: Float[Tensor, "b s d"]
     position: Int[Tensor, "s 3"] | Float[Tensor, "s 3"] | None  # (t, y, x); None without rotary positions
     time: (
-        Float[Tensor, "b e"] | Int[Tensor, " _b"]
+        Float[Tensor, "_b e"] | Int[Tensor, " _b"]
     )  # embedded diffusion time, or with cached modulation its row's index
     text_length: int  # tokens [:text_length] are text, the rest video
+    segments: Segments | None = None

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PROGRAM = "import checks; checks.main()"
+PROGRAM = "import {0}; {0}.main()"
 CHECKED = f"import conftest; {PROGRAM}"  # with shapes, as everywhere in the suite; slow to start, so in one process
-LIMIT = 120  # seconds; a process that waits for one that is gone would wait for longer
+LIMIT = 240  # seconds; a process that waits for one that is gone would wait for longer
 
 
-def run(count: int, device: str = "cpu") -> dict[str, str]:
-    """Run every check that is for `count` processes; {name: "" or what went wrong}."""
+def run(count: int, device: str = "cpu", module: str = "checks") -> dict[str, str]:
+    """Run every check of the module that is for `count` processes; {name: "" or what went wrong}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,7 +32,7 @@ def run(count: int, device: str = "cpu") -> dict[str, str]:
             with log.open("w") as file:
                 workers.append(
                     subprocess.Popen(
-                        [sys.executable, "-c", CHECKED if (count, rank) == (2, 0) else PROGRAM],
+                        [sys.executable, "-c", (CHECKED if (count, rank) == (2, 0) else PROGRAM).format(module)],
                         env=environment,
                         stdout=file,
                         stderr=subprocess.STDOUT,

@@ -34,7 +34,7 @@ from videogen.models.lora import (
     updates_of,
 )
 from videogen.testing import TINY_DIT, tiny_batch, tiny_pipeline
-from videogen.training.state import load_state, save_state
+from videogen.training.state import StateWriter, newest_state, tensors_of
 
 
 def network(dtype: torch.dtype = torch.float64) -> DiT:
@@ -280,11 +280,14 @@ def test_a_run_is_saved_and_resumed_with_the_adapters_alone(tmp_path: Path):
 
     first, modules, optimizer = start()
     steps(first, optimizer, 2)
-    state = save_state(tmp_path, 2, 0, {"lora": modules}, [optimizer], {})
-    assert (state / "lora.safetensors").stat().st_size < 20_000
+    with StateWriter(tmp_path) as writer:
+        writer.save(2, tensors_of({"lora": modules}, [optimizer]), {})
+    state = newest_state(tmp_path)
+    assert state is not None
+    assert (state.folder / "lora.safetensors").stat().st_size < 20_000
     resumed, modules, optimizer = start()
     steps(resumed, optimizer, 1)
-    load_state(state, {"lora": modules}, [optimizer], {})
+    state.read(into=tensors_of({"lora": modules}, [optimizer]))
     steps(resumed, optimizer, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 

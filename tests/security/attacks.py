@@ -370,13 +370,14 @@ def resume(place: Place) -> Callable[[], Any]:
     """A state of a training, with what other trainers would unpickle beside it."""
     from torch import nn
 
-    from videogen.training.state import load_state, save_state
+    from videogen.training.state import StateWriter, newest_state, tensors_of
 
     model = nn.Linear(2, 2)
-    state = save_state(place.folder / "run", 1, 2, {"model": model}, [], {})
+    with StateWriter(place.folder / "run") as writer:
+        writer.save(1, tensors_of({"model": model}), {})
     for name in (".metadata", "rng_state.pth", "scheduler.bin", "optimizer.pt", "random_states_0.pkl"):
-        (state / name).write_bytes(place.pickle)
-    return lambda: load_state(state, {"model": model}, [], {})
+        (place.folder / "run" / "step_00000001" / name).write_bytes(place.pickle)
+    return lambda: newest_state(place.folder / "run")
 
 
 def written_over(place: Place) -> Callable[[], Any]:
@@ -445,7 +446,7 @@ def attacks() -> Iterator[Attack]:
         yield Attack(
             "T1" if data is None else "T2", f"convert of {name}", command("convert", file, "--out", "o"), child=True
         )
-    yield Attack("T3", "a state of a training with pickles beside it", resume, (HARMLESS,))
+    yield Attack("T3", "a state of a training with pickles beside it", resume)
 
     # T4: code in a model folder, or names of it
     for name in ("transformer/evil.py", "pipeline.py", "None.py", "tokenizer/tokenization_t5.py", "__init__.py"):

@@ -166,7 +166,7 @@ def test_files_are_synced_renamed_and_follow_the_umask(tmp_path, monkeypatch, um
     from videogen.data.latents import save_latents
     from videogen.models.lora import Update
     from videogen.runtime.step_cache import Curve, save_curve
-    from videogen.training.state import save_state
+    from videogen.training.state import StateWriter, tensors_of
     from videogen.weights.hub import _write_ref
     from videogen.weights.lora import save_lora
 
@@ -189,7 +189,9 @@ def test_files_are_synced_renamed_and_follow_the_umask(tmp_path, monkeypatch, um
         model = tiny_pipeline().save(tmp_path / "model")
         clip = write_video(tmp_path / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8)
         frames = write_video(tmp_path / "frames.png", np.zeros((2, 16, 16, 3), np.uint8), 8)
-        state = save_state(tmp_path / "run", 1, 2, {"model": nn.Linear(2, 2)}, [], {})
+        with StateWriter(tmp_path / "run") as writer:
+            writer.save(1, tensors_of({"model": nn.Linear(2, 2)}), {})
+        state = tmp_path / "run" / "step_00000001"
         single = [save_curve(tmp_path / "curve", Curve((0.0,), (1.0,)), transformer_sha256=None)]
         single.append(save_lora(tmp_path / "lora", {"proj_out": Update(torch.ones(1, 8), torch.ones(8, 1), 1.0)}))
         single.append(save_latents(tmp_path / "late" / "clip.mp4", torch.zeros(1, 1, 1, 1), {}))

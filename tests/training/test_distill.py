@@ -183,12 +183,12 @@ def roles():
 
 
 def in_turn(modules, every=3):
-    def loss_at(step):
+    def losses_at(step):
         x = normal(8, 4, seed=step, dtype=torch.float32)
         turn = "student" if step % every == every - 1 else "critic"
-        return (modules[turn](x) - x.flip(1)).square().mean(), {"samples": 8}
+        yield (modules[turn](x) - x.flip(1)).square().mean(), {}, [str(i) for i in range(8)]
 
-    return loss_at
+    return losses_at
 
 
 def settings(**changes):
@@ -397,12 +397,12 @@ def distilled(folder, guidance_scale, tell, *, first=600, path=500, turns=1600, 
         generator, told, x0, noise = drawn(step)
         t = objective.stratified(batch, SCHEDULE, generator)
         x = objective.noised(x0, noise, t, SCHEDULE)
-        return (network(x, t, told.cond) - exact_mixture(x, t, told.cond)).square().mean(), {}
+        yield (network(x, t, told.cond) - exact_mixture(x, t, told.cond)).square().mean(), {}, []
 
     def path_at(step):
         generator, told, x0, noise = drawn(10**6 + step)
         place = torch.randint(10, (batch,), generator=generator)
-        return consistency_loss(student, teacher, told, x0, noise, place, times=levels, jumps=10).mean(), {}
+        yield consistency_loss(student, teacher, told, x0, noise, place, times=levels, jumps=10).mean(), {}, []
 
     def matching_at(step):
         generator, told, _, noise = drawn(10**7 + step)
@@ -413,8 +413,9 @@ def distilled(folder, guidance_scale, tell, *, first=600, path=500, turns=1600, 
             return torch.randn(like.shape, generator=generator)
 
         if step % 4 == 3:
-            return matching_loss(student, critic, teacher, told, noise, t, start, draw, times=TIMES).mean(), {}
-        return critic_loss(critic, student, told, noise, t, start, draw, times=TIMES, process=V).mean(), {}
+            yield matching_loss(student, critic, teacher, told, noise, t, start, draw, times=TIMES).mean(), {}, []
+        else:
+            yield critic_loss(critic, student, told, noise, t, start, draw, times=TIMES, process=V).mean(), {}, []
 
     def loop(steps, rate, **changes):
         return FitConfig(

@@ -13,8 +13,10 @@ from videogen.models.vae import VAE
 from videogen.testing import TINY_VAE
 from videogen.training.ema import ema_copy, ema_update
 from videogen.training.optim import Muon, build_optimizers, rate_at
+from videogen.training.processes import Replicated
 from videogen.training.state import saved_states
-from videogen.training.trainer import average_gradients, fit
+from videogen.training.step import MicroBatches
+from videogen.training.trainer import fit
 
 
 class Regression(nn.Module):
@@ -33,12 +35,12 @@ class Regression(nn.Module):
 def problem(model, broken_at=None):
     truth = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
 
-    def loss_at(step):
+    def losses_at(step):
         x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
         loss = (model(x) - x @ truth - 1).square().mean()
-        return (loss * math.nan if step == broken_at else loss), {"samples": 32}
+        yield (loss * math.nan if step == broken_at else loss), {}, [f"{step}/{i}" for i in range(32)]
 
-    return loss_at
+    return losses_at
 
 
 def config(**changes):
@@ -62,12 +64,12 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, optimizer):
     average = fit({"m": whole}, problem(whole), settings, tmp_path / "whole")["m"]
 
     killed = Regression()
-    loss_at = problem(killed)
+    losses_at = problem(killed)
 
     def dies(step):
         if step == 27:
             raise KeyboardInterrupt
-        return loss_at(step)
+        return losses_at(step)
 
     with pytest.raises(KeyboardInterrupt):
         fit({"m": killed}, dies, settings, tmp_path / "killed")
@@ -83,7 +85,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, optimizer):
 
 def test_training_learns_and_logs(tmp_path):
     model = Regression()
-    fit({"m": model}, problem(model), config(steps=300), tmp_path, validate=lambda m: {"held_out": 1.5})
+    fit({"m": model}, problem(model), config(steps=300), tmp_path, validate=lambda m, step: {"held_out": 1.5})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.05 * lines[0]["loss"]
     assert lines[-1]["step"] == 300
@@ -107,7 +109,7 @@ def test_changed_settings_are_refused_on_resume(tmp_path):
     model = Regression()
     fit({"m": model}, problem(model), config(), tmp_path)
     with pytest.raises(FileError, match="other settings"):
-        fit({"m": model}, problem(model), config(learning_rate=0.1), tmp_path)
+        fit({"m": model}, problem(model), config(seed=7), tmp_path)
 
 
 def test_nan_stops_before_it_reaches_the_weights(tmp_path):
@@ -153,7 +155,7 @@ def test_the_average_forgets_its_start():
 def test_one_process_leaves_gradients_alone():
     parameter = nn.Parameter(torch.ones(3))
     parameter.grad = torch.full((3,), 2.0)
-    average_gradients([parameter], world=1)
+    Replicated().reduce_gradients([parameter])
     assert parameter.grad.tolist() == [2, 2, 2]
 
 
@@ -181,3 +183,26 @@ def test_muon_moves_a_convolution_as_it_moves_the_matrix_of_its_kernel():
     torch.testing.assert_close(conv.weight.flatten(1), matrix, rtol=0, atol=0)
     ours.zero_grad()
     assert conv.weight.grad is None
+
+
+def test_facts_are_means_over_samples_and_the_engine_is_told_the_last_micro_batch(tmp_path):
+    """Micro-batches of 1, 3 and 4 samples; where their number is known, only the third is the last."""
+    told = []
+
+    class Told(Replicated):
+        def micro_batch(self, last):
+            told.append(last)
+            return super().micro_batch(last)
+
+    model = Regression()
+    parts = [[0], [1, 2, 3], [4, 5, 6, 7]]
+
+    def one(part):
+        x = torch.ones(len(part), 8)
+        return (model(x) - 1).square().mean(1) / 8, {"size": len(part)}, [f"{i}" for i in part]
+
+    fit({"m": model}, lambda step: MicroBatches(parts, one), config(steps=1), tmp_path, parallel=Told())
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["size"] == (1 + 9 + 16) / 8
+    assert line["samples"] == 8
+    assert told == [False, False, True]

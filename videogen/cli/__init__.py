@@ -20,6 +20,7 @@ from videogen import __version__
 from videogen.cli import (
     batch,
     convert,
+    data,
     decode,
     doctor,
     extend,
@@ -32,6 +33,7 @@ from videogen.cli import (
     prompt,
     rerun,
     tools,
+    train,
 )
 from videogen.errors import InvalidRequest, Note, VideogenError, as_known, visible
 
@@ -131,6 +133,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in unknown:
         if name.startswith("-"):
             raise _unknown("option", name.partition("=")[0], command.names(), f"{command.prog} --help")
+        if "overrides" in args:  # settings may stand behind flags
+            args.overrides.append(name)
+            continue
         raise InvalidRequest(
             f"{name!r} is one argument too many.",
             why="text of several words needs quotes.",
@@ -160,8 +165,9 @@ def build() -> tuple[Parser, dict[str, Parser]]:
     tools.add_commands(subparsers)
     lora.add_command(subparsers)
     convert.add_command(subparsers)
-    for module in (batch, rerun, extend, post, prompt):
+    for module in (train, batch, rerun, extend, post, prompt):
         module.add_command(subparsers)
+    data.add_command(subparsers)
     for module in (info, doctor, models, plan, decode):
         module.add_command(subparsers)
     outer = set(subparsers.choices.values())

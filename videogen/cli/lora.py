@@ -69,6 +69,7 @@ def inspect(args: argparse.Namespace) -> None:
         "sha256": file.sha256,
         "fits": fits(file),
         "left_out": left_out(file),
+        **{key: file.facts.get(key) for key in ("licence", "provenance") if key in file.facts},
     }
     if args.model:
         from videogen.weights.single import open_card

@@ -1,4 +1,4 @@
-"""The small commands: demo, train, eval. Each parses, calls one function, prints."""
+"""The small commands: demo, eval. Each parses, calls one function, prints."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ SPLITS = ("triples", "pairs", "none")
 def add_commands(subparsers: Any) -> None:
     command = subparsers.add_parser("demo", help="three clips from the bundled model, in outputs/demo/")
     command.set_defaults(run=demo)
-
-    command = subparsers.add_parser("train", help="train a model as a YAML file says")
-    command.add_argument("file", metavar="CONFIG", help="a file such as configs/train/tiny_vae.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
-    command.set_defaults(run=train)
 
     command = subparsers.add_parser("eval", help="score a model on the procedural world")
     add = command.add_argument
@@ -48,12 +43,6 @@ def demo(args: argparse.Namespace) -> None:
     from videogen.demo import run
 
     run()
-
-
-def train(args: argparse.Namespace) -> None:
-    from videogen.training.run import main
-
-    print(main(args.file, args.overrides))
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -312,6 +312,46 @@ def _read_stream(path: Path, limit: int | None) -> tuple[list[np.ndarray], float
         return _within(pictures, path), float(stream.guessed_rate) if stream.guessed_rate else None
 
 
+@contextlib.contextmanager
+def stream_video(path: str | Path) -> Iterator[tuple[float | None, int, Iterator[UInt8[np.ndarray, "_H _W 3"]]]]:
+    """The frame rate of a clip, how many frames its header promises (0: it does not say), and the frames one by one,
+    upright: a long clip takes no more memory than a short one. Animations and folders of pictures are read whole.
+
+    Stricter than `read_video`: what the decoder finds damaged is an error, and is not painted over.
+    """
+    path = local(path)
+    if path.is_dir() or path.suffix.lower() in PICTURES:
+        frames, fps = read_video(path)
+        yield fps, len(frames), iter(frames)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_clip(path))
+            stream = file.streams.video[0]
+            stream.codec_context.options = {"err_detect": "explode"}
+            _check_size(path, stream.width, stream.height, 1)
+            rate = float(stream.guessed_rate) if stream.guessed_rate else None
+        except VideogenError:
+            raise
+        except Exception as error:
+            raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
+        yield rate, stream.frames, _upright_frames(file, path)
+
+
+def _upright_frames(file: Any, path: Path) -> Iterator[np.ndarray]:
+    try:
+        for frame in file.decode(video=0):
+            _check_size(path, frame.width, frame.height, 1)
+            if frame.is_corrupt:
+                raise ValueError("a frame is damaged")
+            picture = frame.to_ndarray(format="rgb24")
+            yield np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+    except VideogenError:
+        raise
+    except Exception as error:  # decoders raise their own kinds
+        raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
+
+
 def clip_facts(path: str | Path) -> dict[str, Any]:
     """Width, height, number of frames and rate of a clip, decoded picture by picture: a long one takes no memory."""
     path = local(path)

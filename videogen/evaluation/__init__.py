@@ -15,7 +15,7 @@ from videogen.evaluation.evaluate import (
     swap,
     swap_attribute,
 )
-from videogen.evaluation.metrics import psnr, ssim, wilson
+from videogen.evaluation.metrics import flicker, motion, psnr, ssim, wilson
 from videogen.evaluation.score import ATTRIBUTES, Measurement, Seen, attributes, measure, score_clip
 
 __all__ = [
@@ -28,10 +28,12 @@ __all__ = [
     "caption_gaps",
     "ceiling",
     "evaluate",
+    "flicker",
     "floor",
     "held_out_prompts",
     "markdown",
     "measure",
+    "motion",
     "psnr",
     "reconstruction",
     "score_clip",

@@ -45,6 +45,27 @@ def _window(x: np.ndarray) -> np.ndarray:
     return x
 
 
+def motion(frames: np.ndarray) -> float:
+    """How much changes from a frame to the next: mean of the absolute difference, 0 (a still) to 1."""
+    x = unit(frames)
+    return float(np.abs(np.diff(x, axis=0)).mean()) if len(x) > 1 else 0.0
+
+
+def flicker(frames: np.ndarray) -> float:
+    """How much of a change the next frame takes back: mean over pixels of the smaller of two neighbouring differences
+    where their signs differ, 0 to 1. Smooth motion and a fade have little, noise and blinking much.
+
+    >>> flicker(np.full((5, 1, 1, 3), 0.5)), flicker(np.array([0.0, 1, 0, 1])[:, None, None, None])
+    (0.0, 1.0)
+    """
+    change = np.diff(unit(frames), axis=0)
+    if len(change) < 2:
+        return 0.0
+    before, after = change[:-1], change[1:]
+    back = np.where(before * after < 0, np.minimum(np.abs(before), np.abs(after)), 0)
+    return float(back.mean())
+
+
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a rate (95 % by default): sensible also at 0 and 1, unlike the normal interval."""
     if n == 0:

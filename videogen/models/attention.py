@@ -3,6 +3,8 @@
 Two seams for speed, both plain PyTorch by default: `Attention.kernel`, the scaled dot product, and `Ops`, three pure
 functions that a fused kernel may replace. Whatever is put there must give the numbers of the plain row. It may write
 its result into `y` of `gate_add` and `x` of `norm_rotate`, which nobody else holds; the residual stream stays as it is.
+
+A stream of several clips (`Segments`) has functions of its own, `ops_of`, and a seam of its own, `Attention.packed`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,27 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogen.models.positions import rotate
+from videogen.types import Segments
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+PackedKernel = Callable[[Kernel, Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]  # the plain one, q, k, v, lengths
 
 
 def sdpa(q: Float[Tensor, "b k s c"], k: Float[Tensor, "b k s c"], v: Float[Tensor, "b k s c"]) -> Tensor:
     """Scaled dot-product attention without a mask: the text's padding takes part, as when the models were trained."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def each_segment(
+    kernel: Kernel,
+    q: Float[Tensor, "b k s c"],
+    k: Float[Tensor, "b k s c"],
+    v: Float[Tensor, "b k s c"],
+    lengths: tuple[int, ...],
+) -> Float[Tensor, "b k s c"]:
+    """Attention inside each of the segments that lie one behind the other, by the kernel for a single one."""
+    parts = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([kernel(*part) for part in parts], dim=2)
 
 
 def norm_modulate(
@@ -75,6 +91,28 @@ class Ops:
     norm_rotate: Callable[..., Tensor] = norm_rotate
 
 
+def ops_of(segments: Segments) -> Ops:
+    """The plain functions for a stream of several clips: shift, scale and gate [2, clips, d] have a row for each."""
+    sizes = [tokens for tokens, _, _ in segments.runs]
+    rows = [(modality, clip) for _, clip, modality in segments.runs]
+
+    def norm_modulate(x: Tensor, weight, bias, eps: float, shift: Tensor, scale: Tensor, text_length: int) -> Tensor:
+        runs = F.layer_norm(x, x.shape[-1:], weight, bias, eps).split(sizes, dim=1)
+        return torch.cat([run * (1 + scale[row]) + shift[row] for run, row in zip(runs, rows, strict=True)], dim=1)
+
+    def gate_add(x: Tensor, y: Tensor, gate: Tensor, text_length: int) -> Tensor:
+        return x + torch.cat([gate[row] * run for run, row in zip(y.split(sizes, dim=1), rows, strict=True)], dim=1)
+
+    def norm_rotate(x: Tensor, weight, bias, eps: float, rotary: Tensor | None, text_length: int) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        if rotary is None:
+            return x
+        runs = zip(x.split(sizes, dim=2), rotary.split(sizes, dim=1), rows, strict=True)
+        return torch.cat([run if modality else rotate(run, turn) for run, turn, (modality, _) in runs], dim=2)
+
+    return Ops(norm_modulate, gate_add, norm_rotate)
+
+
 class Attention(nn.Module):
     """Self-attention over the joint stream, LayerNorm on queries and keys (eps 1e-6, shared by the heads)."""
 
@@ -89,11 +127,18 @@ class Attention(nn.Module):
         self.norm_k = nn.LayerNorm(head_dim, eps=1e-6)
         self.to_out = nn.Linear(width, width)
         self.kernel: Kernel = sdpa
+        self.packed: PackedKernel = each_segment
 
     def forward(
-        self, x: Float[Tensor, "b s d"], rotary: Float[Tensor, "2 n c"] | None, text_length: int, ops: Ops
+        self,
+        x: Float[Tensor, "b s d"],
+        rotary: Float[Tensor, "2 n c"] | None,
+        text_length: int,
+        ops: Ops,
+        segments: Segments | None = None,
     ) -> Float[Tensor, "b s d"]:
         q, k, v = (rearrange(to(x), "b s (k c) -> b k s c", k=self.heads) for to in (self.to_q, self.to_k, self.to_v))
         q = ops.norm_rotate(q, self.norm_q.weight, self.norm_q.bias, self.norm_q.eps, rotary, text_length)
         k = ops.norm_rotate(k, self.norm_k.weight, self.norm_k.bias, self.norm_k.eps, rotary, text_length)
-        return self.to_out(rearrange(self.kernel(q, k, v), "b k s c -> b s (k c)"))
+        y = self.kernel(q, k, v) if segments is None else self.packed(self.kernel, q, k, v, segments.lengths)
+        return self.to_out(rearrange(y, "b k s c -> b s (k c)"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from videogen.config import DiTConfig
 from videogen.errors import InvalidRequest
-from videogen.models.attention import Attention, Ops
+from videogen.models.attention import Attention, Ops, ops_of
 from videogen.models.positions import (
     learned_table_shape,
     resized_table,
@@ -29,7 +29,7 @@ from videogen.models.positions import (
     time_sinusoid,
     trained_latent_frames,
 )
-from videogen.types import Conditioning, Tokens
+from videogen.types import Conditioning, Segments, Tokens
 
 Activation = Callable[[Tensor], Tensor]
 MLP_ACTIVATIONS: dict[str, Activation] = {"gelu-approximate": partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
@@ -115,24 +115,30 @@ class Block(nn.Module):
         time: Shaped[Tensor, "_b *e"],
         rotary: Float[Tensor, "2 n c"] | None,
         text_length: int,
+        segments: Segments | None = None,
     ) -> Float[Tensor, "b s d"]:
-        y, gate = self.modulate(self.norm1, x, time, text_length)
-        x = self.ops.gate_add(x, self.attention(y, rotary, text_length, self.ops), gate, text_length)
-        y, gate = self.modulate(self.norm2, x, time, text_length)
-        return self.ops.gate_add(x, self.mlp(y), gate, text_length)
+        ops = self.ops if segments is None else ops_of(segments)
+        y, gate = self.modulate(self.norm1, x, time, text_length, ops)
+        x = ops.gate_add(x, self.attention(y, rotary, text_length, ops, segments), gate, text_length)
+        y, gate = self.modulate(self.norm2, x, time, text_length, ops)
+        return ops.gate_add(x, self.mlp(y), gate, text_length)
 
-    def modulate(self, ada: AdaptiveNorm, x: Tensor, time: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
+    def modulate(
+        self, ada: AdaptiveNorm, x: Tensor, time: Tensor, text_length: int, ops: Ops | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The normed and modulated stream [b, s, d] and the gates [2, b, d] (or [2, 1, d]) for what it becomes."""
         # In the weights: shift, scale, gate of video, then shift, scale, gate of text.
         shift, scale, gate = rearrange(ada.rows(time), "(modality row) b d -> row modality b d", row=3)
         norm = ada.norm
-        return self.ops.norm_modulate(x, norm.weight, norm.bias, norm.eps, shift, scale, text_length), gate
+        modulated = (ops or self.ops).norm_modulate(x, norm.weight, norm.bias, norm.eps, shift, scale, text_length)
+        return modulated, gate
 
 
 class DiT(nn.Module):
     """Predicts (v, ε or velocity: the schedule knows) for noisy latents, given text, aligned channels and scalars.
 
-    `gradient_checkpointing = True` recomputes each block in the backward pass.
+    `gradient_checkpointing = True` recomputes each block in the backward pass; a `context_fn` of torch's `checkpoint`
+    says what of it is kept.
     """
 
     position_table: Tensor
@@ -141,7 +147,7 @@ class DiT(nn.Module):
         super().__init__()
         _check(config)
         self.config = config
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: bool | Callable = False
 
         self.patch_embed = PatchEmbed(config)
         self.text_proj = nn.Linear(config.text_embed_dim, config.width)
@@ -189,14 +195,17 @@ class DiT(nn.Module):
     def run_blocks(self, tokens: Tokens) -> Tokens:
         """The block loop, replaceable. What a block needs travels with the tokens: a part of them may run elsewhere."""
         x, position, time, text_length = tokens.x, tokens.position, tokens.time, tokens.text_length
+        several = () if tokens.segments is None else (tokens.segments,)
         del tokens  # so that what was embedded is freed as soon as the first block is through with it
         rotary = self.rotary(position, text_length)
+        recomputed = self.gradient_checkpointing
+        kept: dict[str, Any] = {"context_fn": recomputed} if callable(recomputed) else {}
         for block in self.each_block():
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, rotary, text_length, use_reentrant=False)
+            if recomputed and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, rotary, text_length, *several, use_reentrant=False, **kept)
             else:
-                x = block(x, time, rotary, text_length)
-        return Tokens(x=x, position=position, time=time, text_length=text_length)
+                x = block(x, time, rotary, text_length, *several)
+        return Tokens(x, position, time, text_length, *several)
 
     def each_block(self) -> Iterator[Block]:
         """What `run_blocks` iterates over, replaceable: weights may arrive while the block before computes."""

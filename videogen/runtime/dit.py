@@ -27,6 +27,7 @@ from videogen.models import attention as plain
 from videogen.models.attention import Attention, Ops
 from videogen.models.dit import MLP, MLP_ACTIVATIONS, Block, DiT
 from videogen.runtime import has_triton
+from videogen.types import Segments
 
 PIECE = 64  # tokens: 64 x 3072 float32 values are 0.8 MB, which a core's second cache holds
 
@@ -67,10 +68,12 @@ def plain_dit(dit: DiT) -> DiT:
     return dit
 
 
-def _forward(block: Block, x: Tensor, time: Tensor, rotary: Tensor | None, text_length: int) -> Tensor:
+def _forward(
+    block: Block, x: Tensor, time: Tensor, rotary: Tensor | None, text_length: int, segments: Segments | None = None
+) -> Tensor:
     """`Block.forward` told with its lifetimes: beside the stream, at most four tensors of its size are alive."""
-    if torch.is_grad_enabled() or block.training:
-        return Block.forward(block, x, time, rotary, text_length)
+    if torch.is_grad_enabled() or block.training or segments is not None:
+        return Block.forward(block, x, time, rotary, text_length, segments)
     ops, attention = block.ops, block.attention
     y, gate = block.modulate(block.norm1, x, time, text_length)
     q, k, v = _qkv(attention, y)

@@ -7,137 +7,230 @@ that follows its samples, to match its teacher's guided distribution (`distill_s
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogen.conditioning import frames
 from videogen.conditioning.text import ABSENT
-from videogen.config import DistillTraining, DiTConfig
+from videogen.config import ConditionsConfig, DistillTraining, DiTConfig
+from videogen.data.files import read_lines
 from videogen.diffusion.prediction import prediction_type
 from videogen.diffusion.schedule import DiscreteSchedule, Schedule
 from videogen.errors import InvalidRequest
 from videogen.models.dit import DiT
 from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
+from videogen.training import lesson
 from videogen.training.distill_step import Process, Teacher, Told, consistency_loss, critic_loss, matching_loss, sample
-from videogen.training.latents import cached_latents, read_latents
-from videogen.training.step import Batch, world_batch
-from videogen.training.trainer import Facts, fit, join_process_group
+from videogen.training.draws import draw_level, draw_noise, draws
+from videogen.training.examples import Example, Examples
+from videogen.training.latents import WorldClips, cached_latents, read_latents
+from videogen.training.processes import Replicated, join_process_group
+from videogen.training.step import Batches, MicroBatches
+from videogen.training.trainer import MicroBatch, fit
 from videogen.types import Conditioning, Latent
 from videogen.weights.card import Card
-
-Source = Callable[[int], tuple[Told, Latent | None]]  # a step's samples: what they are told, clean latents if any
 
 
 def train_student(
     config: DistillTraining, teacher: DiT, vae: VAE, text: TextEncoder, card: Card, folder: Path, device: torch.device
 ) -> DiT:
     """The student (its moving average), in float32 on the CPU."""
+    parallel = Replicated(*join_process_group(config.fit.safety.timeout))
     process = Process(Schedule.from_config(card.scheduler), prediction_type(card.scheduler))
     guided = Teacher(teacher.float().eval().requires_grad_(False).to(device), config.guidance_scale, process)
-    samples = (prompt_source if config.prompts else world_source)(config, vae, text, teacher.config, folder, device)
-    shape = (config.batch_size, *card.latent_shape(config.height, config.width, config.num_frames))
-    rank = join_process_group()[0]
+    source = (prompt_source if config.prompts else world_source)(config, vae, text, card, folder, device)
+    batches = Batches(source.examples, config, teacher.config)
 
     student = copy.deepcopy(teacher).train().requires_grad_(True)
     student.gradient_checkpointing = config.gradient_checkpointing
     path = process.schedule.times(config.path_steps)
     times = process.schedule.times(config.num_inference_steps)
 
-    def generator(step: int) -> torch.Generator:
-        return torch.Generator().manual_seed((config.fit.seed * 1_000_003 + step) * 64 + rank)
-
     def autocast() -> torch.autocast:
         # Cast anew at each call: a weight that was cast under no_grad would be found in the cache without its gradient.
         return torch.autocast(device.type, torch.bfloat16, enabled=config.fit.bfloat16, cache_enabled=False)
 
-    def consistency_at(step: int) -> tuple[Tensor, Facts]:
-        numbers, (told, latents) = generator(step), samples(step)
-        assert latents is not None
-        noise = torch.randn(shape, generator=numbers).to(device)
-        place = torch.randint(config.path_steps, shape[:1], generator=numbers).to(device)
-        with autocast():
-            loss = consistency_loss(student, guided, told, latents, noise, place, times=path, jumps=config.path_jumps)
-        return loss.mean(), {"samples": len(loss)}
+    def drawn(step: int, batch: list[int], part: list[int], epoch: int) -> Numbers:
+        return draw_numbers(config, source, step=step, epoch=epoch, batch=batch, part=part, device=device)
 
+    def consistency_at(step: int) -> MicroBatches:
+        epoch, batch = batches.at(step)
+
+        def micro_batch(part: list[int]) -> MicroBatch:
+            told, latents, names = source.tell(part, epoch)
+            assert latents is not None
+            numbers = drawn(step, batch, part, epoch)
+            place = (numbers.level * config.path_steps).long()
+            with autocast():
+                loss = consistency_loss(
+                    student, guided, told, latents, numbers.noise, place, times=path, jumps=config.path_jumps
+                )
+            return loss / len(batch), {}, names
+
+        return MicroBatches(batches.parts(batch, parallel), micro_batch)
+
+    settings = dataclasses.asdict(config)
     if config.consistency.steps:
-        student = fit({"student": student}, consistency_at, config.consistency, folder / "consistency")["student"]
+        student = fit(
+            {"student": student}, consistency_at, config.consistency, folder / "consistency", settings=settings
+        )["student"]
         student = student.train().requires_grad_(True)
     critic = copy.deepcopy(teacher).train().requires_grad_(True)
     critic.gradient_checkpointing = config.gradient_checkpointing
-    last: Facts = {}
+    last: dict[str, float] = {}
 
-    def matching_at(step: int) -> tuple[Tensor, Facts]:
-        numbers, (told, _) = generator(config.consistency.steps + step), samples(config.consistency.steps + step)
-
-        def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=numbers).to(like)
-
-        noise = draw(torch.empty(shape, device=device))
-        t = process.schedule.time(0.02 + 0.96 * torch.rand(shape[0], generator=numbers)).to(device)
-        start = int(torch.randint(config.num_inference_steps, (), generator=numbers))
+    def matching_at(step: int) -> MicroBatches:
         turn = "student" if step % (config.critic_steps + 1) == config.critic_steps else "critic"
-        with autocast():
-            if turn == "student":
-                loss = matching_loss(student, critic, guided, told, noise, t, start, draw, times=times).mean()
-            else:
-                loss = critic_loss(critic, student, told, noise, t, start, draw, times=times, process=process).mean()
-        last[f"{turn}_loss"] = float(loss.detach())
-        return loss, {"samples": shape[0], **last}
+        step += config.consistency.steps
+        epoch, batch = batches.at(step)
+        start = int(draws(config.fit.seed, step, "", "start").integers(config.num_inference_steps))
+
+        def micro_batch(part: list[int]) -> MicroBatch:
+            told, _, names = source.tell(part, epoch)
+            numbers = drawn(step, batch, part, epoch)
+            t = process.schedule.time(0.02 + 0.96 * numbers.level)
+            given = (told, numbers.noise, t, start, numbers.more)
+            with autocast():
+                if turn == "student":
+                    loss = matching_loss(student, critic, guided, *given, times=times)
+                else:
+                    loss = critic_loss(critic, student, *given, times=times, process=process)
+            last[f"{turn}_loss"] = float(loss.detach().mean())
+            return loss / len(batch), dict(last), names
+
+        return MicroBatches(batches.parts(batch, parallel), micro_batch)
 
     @torch.no_grad()
-    def validate(averages: dict[str, nn.Module]) -> dict[str, float]:
+    def validate(averages: Mapping[str, nn.Module], step: int) -> dict[str, float]:
         """How much the student's samples differ from one another, against the data: it falls first in a collapse."""
-        numbers, (told, latents) = generator(10**9), samples(0)
+        epoch, batch = batches.at(0)
+        part = batch[:16]
+        told, latents, _ = source.tell(part, epoch)
         if latents is None:
             return {}
-        made = sample(
-            averages["student"],
-            told,
-            torch.randn(shape, generator=numbers).to(device),
-            config.num_inference_steps - 1,
-            lambda x: torch.randn(x.shape, generator=numbers).to(x),
-            times=times,
-            process=process,
-        )
+        numbers = drawn(-1, batch, part, epoch)
+        average, last = averages["student"], config.num_inference_steps - 1
+        made = sample(average, told, numbers.noise, last, numbers.more, times=times, process=process)
         return {"spread": round(float(made.std(dim=0).mean() / latents.std(dim=0).mean()), 4)}
 
     roles: dict[str, nn.Module] = {"student": student, "critic": critic}
-    shares = {"critic": config.critic_rate}
     trained = fit(
-        roles, matching_at, config.fit, folder / "matching", validate=validate, shares=shares, averaged=("student",)
+        roles,
+        matching_at,
+        config.fit,
+        folder / "matching",
+        validate=validate,
+        shares={"critic": config.critic_rate},
+        averaged=("student",),
+        settings=settings,
     )["student"].cpu()
     assert isinstance(trained, DiT)
     return trained
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The random numbers of a micro-batch: each sample has its own."""
+
+    noise: Latent
+    level: Float[Tensor, " b"]
+    more: Callable[[Tensor], Tensor]  # N(0, 1) like what it is shown, new at each call
+
+
+def draw_numbers(
+    config: DistillTraining,
+    source: Source,
+    *,
+    step: int,
+    epoch: int,
+    batch: list[int],
+    part: list[int],
+    device: torch.device,
+) -> Numbers:
+    seed, names = config.fit.seed, [source.examples.name(i) for i in part]
+    rngs = [draws(seed, epoch, f"{step} {name}", "distillation") for name in names]
+
+    def more(like: Tensor) -> Tensor:
+        return torch.stack([draw_noise(rng, like.shape[1:]) for rng in rngs]).to(like)
+
+    levels = [draw_level(seed, step, batch.index(i), len(batch), rng) for i, rng in zip(part, rngs, strict=True)]
+    noise = more(torch.empty(len(part), *source.shape, device=device))
+    return Numbers(noise, torch.tensor(levels, dtype=torch.float64, device=device), more)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the student learns from: `tell(numbers of samples, epoch)` gives what they are told, with the words and
+    without, their clean latents if there are any, and their names."""
+
+    examples: Examples
+    shape: tuple[int, int, int, int]  # latent frames, channels, rows and columns
+    tell: Callable[[list[int], int], tuple[Told, Latent | None, list[str]]]
+
+
 def world_source(
-    config: DistillTraining, vae: VAE, text: TextEncoder, model: DiTConfig, folder: Path, device: torch.device
+    config: DistillTraining, vae: VAE, text: TextEncoder, card: Card, folder: Path, device: torch.device
 ) -> Source:
-    """Clips of the world with every condition the teacher was trained on: see `world_batch`."""
+    """Clips of the world with every condition the teacher was trained on."""
     rank, world = join_process_group()
     shards = cached_latents(config, vae, folder / "latents", device, rank=rank, world=world)
     if world > 1:
         dist.barrier()
-    clips, text = read_latents(shards, config.clips), text.to(device)
+    clips, text = WorldClips(config, read_latents(shards, config.clips), float(card.fps)), text.to(device)
+    conditions = config.conditions or ConditionsConfig()
 
-    def samples(step: int) -> tuple[Told, Latent | None]:
-        batch = world_batch(config, clips, step, rank, world).to(device)
-        return tell(model, text(batch.captions), text([ABSENT]), batch), batch.latents
+    def tell_clips(part: list[int], epoch: int) -> tuple[Told, Latent, list[str]]:
+        names, samples = [clips.name(i) for i in part], []
+        for i, name in zip(part, names, strict=True):
+            rngs = {purpose: draws(config.fit.seed, epoch, name, purpose) for purpose in PURPOSES}
+            example = clips.read(i, rngs["sample"])
+            if rngs["dropout"].random() < config.caption_dropout:
+                example = dataclasses.replace(example, text=ABSENT)
+            samples.append(lesson.told_frames(example, conditions, rngs["condition"], 1.0))
+        words = text([str(sample.example.text) for sample in samples])
+        latents = torch.stack([sample.example.latents for sample in samples]).to(device)
+        return tell(card.dit, words, text([ABSENT]), samples), latents, names
 
-    return samples
+    return Source(clips, card.latent_shape(config.height, config.width, config.num_frames), tell_clips)
+
+
+PURPOSES = ("sample", "dropout", "condition")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Lines of text in the place of samples, all of one shape; read are only their names."""
+
+    lines: Sequence[str]
+    latents: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def name(self, index: int) -> str:
+        return f"prompt {index}"
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        return self.latents
+
+    def read(self, index: int, rng: np.random.Generator) -> Example:
+        raise TypeError("prompts have no latents")
 
 
 def prompt_source(
-    config: DistillTraining, vae: VAE, text: TextEncoder, model: DiTConfig, folder: Path, device: torch.device
+    config: DistillTraining, vae: VAE, text: TextEncoder, card: Card, folder: Path, device: torch.device
 ) -> Source:
     """Prompts alone, a line each, encoded once: matching needs no clips. Known frames are never told."""
-    rank, world = join_process_group()
-    lines = [line.strip() for line in Path(config.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = read_lines(config.prompts)
     if not lines or config.consistency.steps:
         raise InvalidRequest(
             f"{config.prompts} holds no prompts." if not lines else "the consistency phase needs clips.",
@@ -145,31 +238,33 @@ def prompt_source(
             hint="one prompt per line." if not lines else "consistency.steps=0",
             param="prompts" if not lines else "consistency.steps",
         )
+    shape = card.latent_shape(config.height, config.width, config.num_frames)
     text = text.to(device)
     embeddings = torch.cat([text([line]).cpu() for line in lines])
     absent = text([ABSENT])
     text.cpu()  # as large as the transformer of 2B, and done
+    prompts = Prompts(lines * -(-config.batch_size // len(lines)), (shape[0], shape[2], shape[3]))
 
-    def samples(step: int) -> tuple[Told, Latent | None]:
-        first = (step * world + rank) * config.batch_size
-        generator = torch.Generator().manual_seed(config.fit.seed * 1_000_003 + first)
-        rows = torch.randint(len(lines), (config.batch_size,), generator=generator)
-        return tell(model, embeddings[rows].to(device), absent, None), None
+    def tell_prompts(part: list[int], epoch: int) -> tuple[Told, None, list[str]]:
+        rows = embeddings[[i % len(lines) for i in part]].to(device)
+        return tell(card.dit, rows, absent, None), None, [prompts.name(i) for i in part]
 
-    return samples
+    return Source(prompts, shape, tell_prompts)
 
 
-def tell(model: DiTConfig, text: Tensor, absent: Tensor, batch: Batch | None) -> Told:
+def tell(model: DiTConfig, text: Tensor, absent: Tensor, samples: Sequence[lesson.Told] | None) -> Told:
     """Words, known frames and constants, with the words and without, as the pipeline tells them."""
     rest = Conditioning()
     if model.ofs_embed_dim:
         rest |= Conditioning(vectors={"ofs": torch.full((1,), frames.OFS, device=text.device)})
     if model.in_channels > model.out_channels:
-        if batch is None:
+        if samples is None:
             raise InvalidRequest(
                 "prompts alone do not train a model that is told frames.", hint="clips of the world.", param="prompts"
             )
-        rest |= frames.known_frames(batch.frame_latents, batch.known)
+        shown = torch.stack([sample.frame_latents for sample in samples if sample.frame_latents is not None])
+        known = torch.stack([sample.known for sample in samples])
+        rest |= frames.known_frames(shown.to(text.device), known.to(text.device))
     return Told(Conditioning(text=text) | rest, Conditioning(text=absent.expand_as(text)) | rest)
 
 

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from videogen.config import DistillTraining, DiTTraining, VAETraining, load_training
+from videogen.config import (
+    DistillTraining,
+    DiTTraining,
+    FinetuneTraining,
+    Training,
+    VAETraining,
+    load_training,
+)
 from videogen.errors import ModelNotFound
 from videogen.training.distill import few_step_scheduler, train_student
 from videogen.training.dit import train_dit
+from videogen.training.finetune import finetune
+from videogen.training.guard import alone, check_devices, check_group, check_launch
 from videogen.training.trainer import join_process_group
 from videogen.training.vae import train_vae
 from videogen.weights.card import Card, read_card
@@ -20,12 +33,35 @@ from videogen.weights.hub import find_model
 
 
 def main(config_path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Train what the file says and return the folder of the result. A run that was stopped goes on where it was."""
-    config = load_training(config_path, overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if isinstance(config, VAETraining):
-        return train_vae_model(config, device)
-    return train_dit_model(config, device) if isinstance(config, DiTTraining) else distill_model(config, device)
+    """Train what the file says and return the folder of the result. A run that was stopped goes on where it was.
+
+    Under torchrun every process of the group calls it. Raises InvalidRequest where processes were started that do not
+    know of each other, FileError where another run writes to the folder.
+    """
+    return train(load_training(config_path, overrides))
+
+
+def train(config: Training) -> Path:
+    check_launch(os.environ)
+    device, joined = place(os.environ), dist.is_initialized()
+    rank, _ = join_process_group(config.fit.safety.timeout)
+    try:
+        check_group(os.environ)
+        with alone(Path(config.folder)) if rank == 0 else contextlib.nullcontext():
+            return TRAIN[type(config)](config, device)
+    finally:
+        if dist.is_initialized() and not joined:
+            dist.destroy_process_group()
+
+
+def place(environment: os._Environ[str]) -> torch.device:
+    """What this process computes on: the GPU of its own on this machine, or the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        return torch.device("cpu")
+    check_devices(environment, gpus)
+    torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def train_vae_model(config: VAETraining, device: torch.device) -> Path:
@@ -129,7 +165,15 @@ def model_facts(config: DiTTraining) -> dict:
         "licence": "Apache-2.0",
         "provenance": {
             "data": "procedural world (videogen.data.world), rendered by the project itself",
-            "samples": config.fit.steps * config.batch_size * join_process_group()[1],
+            "samples": config.fit.steps * config.batch_size,
             "training": dataclasses.asdict(config),
         },
     }
+
+
+TRAIN: dict[type, Callable[[Any, torch.device], Path]] = {
+    VAETraining: train_vae_model,
+    DiTTraining: train_dit_model,
+    FinetuneTraining: finetune,
+    DistillTraining: distill_model,
+}

@@ -1,127 +1,235 @@
-"""What the DiT learns: the mirror image of generate(). The same conditioners, the same DiT call, the same schedule."""
+"""Which samples a step sees, and everything random about them. What is learned from them stands in `lesson.py`.
+
+All of it is a function of the seed, the epoch, the step and the samples' names: the same on any number of processes and
+in micro-batches of any size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
-from videogen.conditioning import frames
 from videogen.conditioning.text import ABSENT
-from videogen.config import ClipTraining
-from videogen.data.world import caption, draw_scene
-from videogen.data.world.scene import Scene
-from videogen.diffusion import objective
+from videogen.config import ClipTraining, ConditionsConfig, DiTConfig, MaskingConfig
+from videogen.data.buckets import epoch_batches, micro_batches, packs, share, token_count
 from videogen.diffusion.denoiser import Model
-from videogen.diffusion.prediction import Prediction
 from videogen.diffusion.schedule import Schedule
-from videogen.training.latents import LatentClips
-from videogen.types import Conditioning, Latent
+from videogen.errors import InvalidRequest
+from videogen.models.dit import DiT
+from videogen.training.draws import draw_level, draw_noise, draws
+from videogen.training.examples import Examples
+from videogen.training.lesson import Lesson, Told, told_frames, told_nothing
+from videogen.training.masking import draw_kept, masked, shown
+from videogen.training.packing import lesson_packed
+from videogen.training.processes import Parallel
+from videogen.training.trainer import LossesAt, MicroBatch
 
-TIMESTEPS = {"uniform": objective.uniform, "stratified": objective.stratified, "informative": objective.banded}
+
+class Batches:
+    """The global batch of every step: each sample once per epoch, in an order of its own."""
+
+    def __init__(self, examples: Examples, config: ClipTraining, dit: DiTConfig) -> None:
+        self.shapes = [examples.shape(i) for i in range(len(examples))]
+        self.tokens = [token_count(dit, shape) for shape in self.shapes]
+        self.config = config
+        self._firsts, self._last = [0], (-1, [[]])  # the first steps of epochs; an epoch and its batches
+
+    def at(self, step: int) -> tuple[int, list[int]]:
+        """The epoch that a step falls into, and the numbers of its samples."""
+        while step >= self._firsts[-1]:
+            self._firsts.append(self._firsts[-1] + len(self._epoch(len(self._firsts) - 1)))
+        epoch = int(np.searchsorted(self._firsts, step, "right")) - 1
+        return epoch, self._epoch(epoch)[step - self._firsts[epoch]]
+
+    def parts(self, batch: list[int], parallel: Parallel) -> list[list[int]]:
+        """This process's micro-batches. Where processes compute in step with each other, empty ones may be among them,
+        so that all have as many."""
+        part = share(batch, self.tokens, parallel.data_rank, parallel.data_world)
+
+        def divided(count: int = 0) -> list[list[int]]:
+            if self.config.packed_tokens:
+                return packs(part, self.tokens, self.config.packed_tokens, count=count)
+            return micro_batches(part, self.shapes, self.config.micro_batch_size, count=count)
+
+        parts = divided()
+        rounds = getattr(parallel, "rounds", None)
+        return divided(rounds(len(parts))) if rounds else parts
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        if self._last[0] != epoch:
+            budget = self.config.token_budget
+            batches = epoch_batches(
+                self.shapes,
+                tokens=self.tokens,
+                seed=self.config.fit.seed,
+                epoch=epoch,
+                batch_size=0 if budget else self.config.batch_size,
+                token_budget=budget,
+            )
+            self._last = (epoch, batches)
+        return self._last[1]
+
+
+def losses_of(
+    config: ClipTraining,
+    batches: Batches,
+    examples_at: Callable[[float], Examples],
+    lesson: Lesson,
+    model: Model,
+    parallel: Parallel,
+    *,
+    conditions: ConditionsConfig | None = None,
+    timesteps: str = "uniform",
+    masking: MaskingConfig | None = None,
+) -> LossesAt:
+    """What `fit` asks for: the losses of this process's micro-batches of a step.
+
+    examples_at  the samples as a step sees them that comes when this share of the run is done
+    conditions   the frames that are told; None: none, for a model that can be told none
+    timesteps    how often which time is drawn: a name of `DENSITIES`
+    masking      computes a part of the video's tokens only, but for the end of the run; `model` is a DiT then
+    """
+    if timesteps not in DENSITIES:
+        raise InvalidRequest(
+            f"there are no timesteps {timesteps!r}.",
+            why=f"they say how often each time is drawn: {', '.join(DENSITIES)}.",
+            hint="timesteps: uniform",
+            param="timesteps",
+        )
+    if masking and config.packed_tokens:
+        raise InvalidRequest(
+            "masking and packed_tokens do not go together.",
+            why="masked clips share one set of tokens, packed ones have sizes of their own.",
+            hint="leave one of them out.",
+            param="packed_tokens",
+        )
+    density = DENSITIES[timesteps](lesson.schedule)
+    seed, steps = config.fit.seed, config.fit.steps
+
+    def losses_at(step: int) -> MicroBatches:
+        done = step / steps
+        examples = examples_at(done)
+        epoch, batch = batches.at(step)
+
+        def micro_batch(part: list[int]) -> MicroBatch:
+            drawn = [
+                draw_sample(
+                    config, examples, index, step=step, epoch=epoch, batch=batch, conditions=conditions, done=done
+                )
+                for index in part or batch[:1]
+            ]
+            t = lesson.schedule.time(density(torch.tensor([one.level for one in drawn], dtype=torch.float64)))
+            if config.packed_tokens:
+                assert isinstance(model, DiT)
+                loss = lesson_packed(lesson, model, [one.told for one in drawn], t, [one.noise for one in drawn])
+                loss = loss / len(batch)
+                return (loss, {}, [one.name for one in drawn]) if part else (loss * 0, {}, [])
+            noise = torch.stack([one.noise for one in drawn])
+            predict, where = model, None
+            if masking and done < 1 - masking.finish:
+                assert isinstance(model, DiT)
+                f, _, h, w = noise.shape[1:]
+                generator = torch.Generator().manual_seed(_number(draws(seed, step, f"{f} {h} {w}", "masking")))
+                kept = draw_kept(model.config, masking, f, h, w, generator).to(lesson.device)
+                predict = masked(model, kept, masking.mixer_layers)
+                where = shown(kept, model.config, f, h, w)
+            loss = lesson(predict, [one.told for one in drawn], t, noise, where=where) / len(batch)
+            return (loss, {}, [one.name for one in drawn]) if part else (loss * 0, {}, [])
+
+        return MicroBatches(batches.parts(batch, parallel), micro_batch)
+
+    return losses_at
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's samples: clean latents, the latents of their single frames, which of those are told, and the words."""
+class MicroBatches:
+    """A step's micro-batches, each computed when it is asked for."""
 
-    latents: Latent
-    frame_latents: Latent
-    known: Bool[Tensor, "b f"]
-    captions: list[str]
+    parts: Sequence[list[int]]
+    compute: Callable[[list[int]], MicroBatch]
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.latents.to(device), self.frame_latents.to(device), self.known.to(device), self.captions)
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return map(self.compute, self.parts)
 
 
-def dit_loss(
-    dit: Model,
-    embed: Callable[[list[str]], Float[Tensor, "b l e"]],
-    batch: Batch,
-    t: Num[Tensor, "b"],
-    noise: Latent,
+# ---- one sample -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample of a step: what it shows and is told, and its noise."""
+
+    name: str
+    told: Told
+    level: float  # in [0, 1): its place on the scale of times
+    noise: Float[Tensor, "f c h w"]
+
+
+def draw_sample(
+    config: ClipTraining,
+    examples: Examples,
+    index: int,
     *,
-    schedule: Schedule,
-    prediction: Prediction = "v_prediction",
-    where: Float[Tensor, "..."] | None = None,
-) -> Float[Tensor, "b"]:
-    """The loss of each sample, over the latents that count (`where`). `embed` turns captions into text embeddings."""
-    cond = Conditioning(text=embed(batch.captions)) | frames.known_frames(batch.frame_latents, batch.known)
-    kind = {"schedule": schedule, "prediction": prediction}
-    return objective.loss(lambda x, t: dit(x, t, cond), batch.latents, noise, t, where=where, **kind)
+    step: int,
+    epoch: int,
+    batch: Sequence[int],
+    conditions: ConditionsConfig | None,
+    done: float,
+) -> Drawn:
+    """Sample `index` of a step's global `batch`."""
+    name, seed = examples.name(index), config.fit.seed
+
+    def rng(purpose: str) -> np.random.Generator:
+        return draws(seed, epoch, name, purpose)
+
+    example = examples.read(index, rng("sample"))
+    if rng("dropout").random() < config.caption_dropout:
+        example = dataclasses.replace(example, text=ABSENT)
+    told = told_frames(example, conditions, rng("condition"), done) if conditions else told_nothing(example)
+    level = draw_level(seed, step, batch.index(index), len(batch), rng("time"))
+    return Drawn(name, told, level, draw_noise(rng("noise"), example.latents.shape))
 
 
-def world_batch(
-    config: ClipTraining, clips: LatentClips, step: int, rank: int, world: int, *, frames: int | None = None
-) -> Batch:
-    """The samples of one step, a function of (seed, step, rank): each clip once per epoch, captions drawn anew.
+def _number(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**63))
 
-    frames  of the latent frames only the first, which a causal VAE encodes as if the clip ended there; of 1, one from
-            anywhere in the clip, encoded alone, whose caption says nothing of motion. None: all
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+Density = Callable[[Num[Tensor, " b"]], Num[Tensor, " b"]]  # levels drawn evenly in [0, 1) -> as the density has them
+
+
+def uniform(schedule: Schedule) -> Density:
+    """All times alike."""
+    return lambda u: u
+
+
+def informative(schedule: Schedule, *, low: float = 0.03, high: float = 10.0, share: float = 0.75) -> Density:
+    """All times alike, except that a `share` of the samples is drawn where low <= SNR <= high.
+
+    There the picture is decided; near pure noise and near the clean latent a small model has little left to learn.
     """
-    first = (step * world + rank) * config.batch_size
-    positions = range(first, first + config.batch_size)
-    indices = torch.tensor([_shuffled(config.fit.seed, p // len(clips), len(clips))[p % len(clips)] for p in positions])
-    generator = torch.Generator().manual_seed(config.fit.seed * 1_000_003 + first)
-    rng = np.random.default_rng((config.fit.seed, 1, first))
-    still = frames == 1
-    if still:
-        frame_latents = clips.frames(indices, generator)
-        at = torch.from_numpy(rng.integers(frame_latents.shape[1], size=len(indices)))
-        latents = frame_latents = frame_latents[torch.arange(len(indices)), at][:, None]
-    else:
-        latents, frame_latents = (
-            clips.video(indices, generator)[:, :frames],
-            clips.frames(indices, generator)[:, :frames],
-        )
-    return Batch(
-        latents=latents,
-        frame_latents=frame_latents,
-        known=draw_known({"none": 1.0} if still else config.frame_conditions, len(indices), latents.shape[1], rng),
-        captions=[
-            ABSENT if rng.random() < config.caption_dropout else world_caption(config, int(i), rng, still=still)
-            for i in indices
-        ],
-    )
+    cells = schedule.num_train_timesteps
+    snr = schedule.snr(schedule.time((torch.arange(cells) + 0.5) / cells))
+    band = ((snr >= low) & (snr <= high)).double()
+    weights = share * band / band.sum() + (1 - share) / cells
+    ends = weights.cumsum(0)
+
+    def quantile(u: Tensor) -> Tensor:
+        cell = torch.searchsorted(ends, u.double(), right=True).clamp(max=cells - 1)
+        inside = 1 - (ends[cell] - u) / weights[cell]
+        return ((cell + inside.clamp(0, 1)) / cells).clamp(max=1 - 2**-24)
+
+    return quantile
 
 
-def world_caption(
-    config: ClipTraining, index: int, rng: np.random.Generator, *, held_out: bool = False, still: bool = False
-) -> str:
-    """A fresh wording of what clip `index` of the world shows."""
-    return caption(world_scene(config, index, held_out=held_out), rng, dropout=0.25, synonyms=0.3, still=still)
-
-
-def world_scene(config: ClipTraining, index: int, *, held_out: bool = False) -> Scene:
-    """What clip `index` of the world shows."""
-    return draw_scene(np.random.default_rng((config.fit.seed, index)), held_out=held_out, **vars(config.world))
-
-
-def draw_known(
-    shares: dict[str, float], batch: int, num_latent_frames: int, rng: np.random.Generator
-) -> Bool[Tensor, "b f"]:
-    """Which latent frames each sample is told: a mixture of none, first, last, first+last, and random key frames."""
-    kinds = rng.choice(list(shares), size=batch, p=np.array(list(shares.values())) / sum(shares.values()))
-    known = torch.zeros(batch, num_latent_frames, dtype=torch.bool)
-    for row, kind in zip(known, kinds, strict=True):
-        if kind == "keyframes":
-            row[:] = torch.from_numpy(rng.random(num_latent_frames) < 0.4)
-        elif kind != "none":
-            for end in kind.split("+"):
-                row[{"first": 0, "last": -1}[end]] = True
-    return known
-
-
-_orders: dict[tuple[int, int, int], np.ndarray] = {}
-
-
-def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    key = (seed, epoch, count)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = np.random.default_rng((seed, 2, epoch)).permutation(count)
-    return _orders[key]
+DENSITIES = {"uniform": uniform, "informative": informative}

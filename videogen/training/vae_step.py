@@ -2,39 +2,149 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Protocol, runtime_checkable
+
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from videogen.config import VAETraining
-from videogen.data.world import clip
 from videogen.models.vae import VAE
+from videogen.training.discriminator import hinge, verdict, wide
+from videogen.training.perceptual import Distance, frame_distances
+
+Video5D = Float[Tensor, "b _c _f _h _w"]
 
 
-def vae_loss(
+@runtime_checkable
+class Time(Protocol):
+    """Which frames of each clip this process computes (`distributed.vae_training.TimePieces`, or `WholeClips`).
+
+    The losses of `degree` processes add up to the loss; what all of them compute alike counts 1/degree in each.
+    """
+
+    @property
+    def degree(self) -> int: ...
+
+    def own_pixels(self, pixels: Tensor) -> Tensor: ...
+
+    def own_latents(self, latents: Tensor) -> Tensor: ...
+
+    def moments(self, vae: VAE, own: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode(self, vae: VAE, own: Tensor) -> Tensor: ...
+
+    def gather(self, own: Tensor) -> Tensor: ...
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over the processes, of which each has the gradient of its own part."""
+        ...
+
+
+class WholeClips:
+    """One process has all frames."""
+
+    degree = 1
+
+    def own_pixels(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def own_latents(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def moments(self, vae: VAE, own: Tensor) -> tuple[Tensor, Tensor]:
+        return vae.moments(own)
+
+    def decode(self, vae: VAE, own: Tensor) -> Tensor:
+        return vae.decode(own)
+
+    def gather(self, own: Tensor) -> Tensor:
+        return own
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+
+def vae_losses(
     vae: VAE,
     pixels: Float[Tensor, "b 3 F H W"],
+    noise: Float[Tensor, "b c f h w"],
+    config: VAETraining,
     *,
-    generator: torch.Generator,
-    kl_weight: float,
-    detail_weight: float,
-) -> tuple[Tensor, dict[str, float]]:
-    """L1 and squared error of the reconstruction, heavier on edges and motion, plus the KL divergence per latent value
-    (arXiv:1312.6114). L1 alone starts slowly (it likes the median colour), squares alone end blurred."""
-    mean, logvar = vae.moments(pixels)
-    mean, logvar = mean.float(), logvar.float()
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    latents = (mean + torch.exp(0.5 * logvar) * noise) * vae.config.scaling_factor
-    error = (vae.decode(latents).float() - pixels).abs()
-    weight = 1 + detail_weight * detail(pixels)
-    reconstruction = (weight * (error + 4 * error.square())).mean() / weight.mean()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    mse = error.detach().square().mean(dim=(1, 2, 3, 4))
-    psnr = (10 * torch.log10(4 / mse)).mean()
-    facts = {"l1": float(error.detach().mean()), "psnr": float(psnr), "kl": float(kl.detach())}
-    return reconstruction + kl_weight * kl, facts
+    distance: Distance | None = None,
+    discriminator: nn.Module | None = None,
+    is_judged: bool = True,
+    time: Time = WholeClips(),  # noqa: B008  (it has no state)
+) -> tuple[Float[Tensor, " b"], dict[str, float]]:
+    """The loss of each clip, and facts: means over the clips.
+
+    Reconstruction (absolute and squared errors, heavier on edges and motion), the `distance` of the frames, and the KL
+    divergence per latent value (arXiv:1312.6114). L1 alone starts slowly (it likes the median colour), squares alone
+    end blurred. With a discriminator its own hinge loss, and if the clips are judged the VAE's share of the game, by
+    the weight of `adaptive_weight`.
+
+    noise  that the posterior is sampled with, N(0, 1)
+    """
+    own = time.own_pixels(pixels)
+    with torch.set_grad_enabled(config.train_encoder and torch.is_grad_enabled()):
+        mean, logvar = (wide(part) for part in time.moments(vae, own))
+    latents = mean + torch.exp(0.5 * logvar) * time.own_latents(noise)
+    made = wide(time.decode(vae, latents * vae.config.scaling_factor))
+
+    error = (made - own).abs()
+    weight = 1 + config.detail_weight * detail(pixels)
+    weighted = time.own_pixels(weight) * (error + config.square_weight * error.square())
+    reconstruction = _sums(weighted) / (pixels.shape[1] * _sums(weight))
+    kl = 0.5 * _sums(mean.square() + logvar.exp() - 1 - logvar) / noise[0].numel()
+    looks = torch.zeros_like(kl)
+    if distance is not None:
+        looks = reduce(frame_distances(distance, made, own), "b f -> b", "sum") / pixels.shape[2]
+    told = {
+        "l1": _sums(error.detach()) / pixels[0].numel(),
+        "mse": _sums(error.detach().square()) / pixels[0].numel(),
+        "kl": kl.detach(),
+    } | ({"perceptual": looks.detach()} if distance is not None else {})
+    reconstruction = reconstruction + config.perceptual_weight * looks
+    loss = reconstruction + config.kl_weight * kl
+
+    if discriminator is not None:
+        assert config.gan is not None
+        whole = time.gather(made)
+        critic = hinge(discriminator, pixels, whole) / time.degree
+        told["discriminator"] = critic.detach()
+        if is_judged:
+            wish = -verdict(discriminator, whole) / time.degree
+            balance = adaptive_weight(reconstruction, wish, made, vae.decoder.conv_out.weight, time)
+            loss = loss + config.gan.weight * balance * wish
+            told |= {"generator": wish.detach(), "balance": balance / time.degree}
+        loss = loss + critic
+
+    total = time.total(torch.stack([*told.values()]))
+    facts = {name: float(value.mean()) for name, value in zip(told, total, strict=True)}
+    facts["psnr"] = float((10 * torch.log10(4 / total[[*told].index("mse")])).mean())
+    facts.pop("mse")
+    return time.total(loss), facts
+
+
+def adaptive_weight(
+    reconstruction: Float[Tensor, " b"],
+    wish: Float[Tensor, " b"],
+    made: Float[Tensor, "b 3 F H W"],
+    last: nn.Parameter | Tensor,
+    time: Time,
+    most: float = 1e4,
+) -> Float[Tensor, " b"]:
+    """What makes the gradient of `wish` at the decoder's last layer as long as that of the reconstruction (Eq. 7,
+    arXiv:2012.09841), for each clip by itself: so it is the same in any batch, on any number of processes.
+    """
+    lengths = []
+    for loss in (reconstruction, wish):
+        (at_pixels,) = torch.autograd.grad(loss.sum(), made, retain_graph=True)
+        parts = [wide(torch.autograd.grad(made[i], last, at_pixels[i], retain_graph=True)[0]) for i in range(len(made))]
+        lengths.append(time.total(torch.stack(parts)).flatten(1).norm(dim=1))
+    return (lengths[0] / (lengths[1] + 1e-6)).clamp(max=most).detach()
 
 
 @torch.no_grad()
@@ -49,39 +159,11 @@ def detail(pixels: Float[Tensor, "b 3 F H W"], threshold: float = 0.08) -> Float
     return F.max_pool3d((change > threshold).float(), (1, 3, 3), stride=1, padding=(0, 1, 1))
 
 
-def world_pixels(config: VAETraining, step: int, rank: int, world: int) -> Float[Tensor, "b 3 F H W"]:
-    """The batch of a step, a function of (seed, step, rank): crops in time and space of new clips, or single frames."""
-    stage = stage_at(config, step)
-    frames, count = stage.num_frames, stage.batch_size
-    if int((step + 1) * stage.image_share) > int(step * stage.image_share):
-        frames, count = 1, stage.batch_size * max(1, stage.num_frames // 2)
-    rng = np.random.default_rng((config.fit.seed, step, rank))
-    batch = np.empty((count, frames, stage.size, stage.size, 3), dtype=np.float32)
-    for i in range(count):
-        index = (step * world + rank) * 4096 + i  # no two steps or ranks share a clip
-        _, video, _ = clip(
-            index,
-            seed=config.fit.seed,
-            num_frames=config.num_frames,
-            height=config.height,
-            width=config.width,
-            **vars(config.world),
-        )
-        t, y, x = (
-            int(rng.integers(0, whole - part + 1))
-            for whole, part in zip(video.shape[:3], (frames, stage.size, stage.size), strict=True)
-        )
-        batch[i] = video[t : t + frames, y : y + stage.size, x : x + stage.size]
-    return torch.from_numpy(batch).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1
+def _sums(x: Tensor) -> Float[Tensor, " b"]:
+    return reduce(x, "b ... -> b", "sum")
 
 
-def stage_at(config: VAETraining, step: int):
-    """The stage that `step` falls into; steps past the end belong to the last one."""
-    for stage in config.stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    return config.stages[-1]
+# The latents --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -97,13 +179,26 @@ def init_vae(vae: VAE) -> None:
 
 
 @torch.no_grad()
-def unit_variance(vae: VAE, pixels: Float[Tensor, "b 3 F H W"]) -> None:
-    """Divide each latent channel by its standard deviation over `pixels`, exactly: folded into the convolutions that
-    write the latents and those that read them, so the function encode -> decode does not change."""
-    mean, logvar = vae.moments(pixels)
-    std = (mean.var(dim=(0, 2, 3, 4)) + logvar.exp().mean(dim=(0, 2, 3, 4))).sqrt()
+def latent_statistics(vae: VAE, clips: Float[Tensor, "n 3 F H W"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Mean and standard deviation of each channel of unscaled latents, sampled from the posterior, over all clips."""
+    moments = [vae.moments(clip) for clip in clips.split(1)]
+    mean, logvar = (torch.cat(parts).double() for parts in zip(*moments, strict=True))
+    variance = mean.var(dim=(0, 2, 3, 4)) + logvar.exp().mean(dim=(0, 2, 3, 4))
+    return mean.mean(dim=(0, 2, 3, 4)), variance.sqrt()
+
+
+def scaling_factor(mean: Float[Tensor, " c"], std: Float[Tensor, " c"]) -> float:
+    """1 over the standard deviation of all latent values together (section 3.3 of arXiv:2112.10752, appendix G)."""
+    return float((std.square().mean() + mean.var(correction=0)).rsqrt())
+
+
+@torch.no_grad()
+def unit_variance(vae: VAE, std: Float[Tensor, " c"]) -> None:
+    """Divide each latent channel by its standard deviation, exactly: folded into the convolutions that write the
+    latents and those that read them, so the function encode -> decode does not change."""
     channels = vae.config.latent_channels
     out = vae.encoder.conv_out
+    std = std.to(out.weight)
     out.weight[:channels] /= std[:, None, None, None, None]
     _bias(out)[:channels] /= std
     _bias(out)[channels:] -= 2 * std.log()

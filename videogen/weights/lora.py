@@ -14,7 +14,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 NAME = "pytorch_lora_weights.safetensors"  # what diffusers looks for in a folder
 PEFT_NAME = "adapter_model.safetensors"  # and peft, with a config beside it
 PEFT_CONFIG = "adapter_config.json"
+FACTS = "videogen"  # our entry in a file's metadata
 DTYPES = ("F16", "BF16", "F32", "F64")
 Scale = float | int | str
 
@@ -174,6 +175,7 @@ class LoraFile:
     dtypes: tuple[str, ...]
     text_encoder: tuple[str, ...] = ()  # names for the text encoder, which are not used
     unused: tuple[str, ...] = ()  # other names that no rule covers
+    facts: dict[str, Any] = field(default_factory=dict)  # what a training here wrote: licence, provenance
 
     @cached_property
     def sha256(self) -> str:
@@ -234,6 +236,7 @@ def open_lora(path: str | Path) -> LoraFile:
         dtypes=tuple(sorted({dtypes[part] for parts in keys.values() for part in parts.values()})),
         text_encoder=tuple(key for key in rest if key.startswith(TEXT_ENCODER)),
         unused=tuple(key for key in rest if not key.startswith(TEXT_ENCODER)),
+        facts=_facts(header.metadata),
     )
 
 
@@ -282,6 +285,15 @@ def _theirs(name: str) -> str:
     block = BLOCK.search(name)
     template = name if block is None else f"{name[: block.start()]}{{i}}{name[block.end() :]}"
     return dict(MAPS)[template].replace("{i}", block[1] if block else "")
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our entry; nothing depends on it, so one that is damaged is none."""
+    try:
+        facts = json.loads(metadata.get(FACTS, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -557,11 +569,19 @@ def read_updates(file: LoraFile, *, alpha: float | None = None) -> dict[str, Upd
     return updates
 
 
-def save_lora(path: str | Path, updates: Mapping[str, Update], *, form: str = "peft", overwrite: bool = False) -> Path:
+def save_lora(
+    path: str | Path,
+    updates: Mapping[str, Update],
+    *,
+    form: str = "peft",
+    facts: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a LoRA (`videogen.models.lora.updates_of`) in one of FORMATS; a folder gets diffusers' name for it.
 
     "peft" opens in diffusers (`load_lora_weights`), its metadata with alpha included. A format that cannot say alpha
-    gets B times what is missing. Written beside its place, synced and renamed. Raises FileError if there is a file.
+    gets B times what is missing. `facts` go into the metadata as JSON: what a training knows of it (`LoraFile.facts`).
+    Written beside its place, synced and renamed. Raises FileError if there is a file.
     """
     import torch
     from safetensors.torch import save_file
@@ -594,7 +614,8 @@ def save_lora(path: str | Path, updates: Mapping[str, Update], *, form: str = "p
         )
     renamed = {theirs: tensors[ours] for theirs, ours in names.items()}
     with written(path) as part:
-        save_file(renamed, part, metadata={"format": "pt"} | _metadata(form, updates))
+        own = {FACTS: json.dumps(facts, ensure_ascii=False)} if facts else {}
+        save_file(renamed, part, metadata={"format": "pt"} | _metadata(form, updates) | own)
     return path
 
 
