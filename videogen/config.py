@@ -288,7 +288,7 @@ class FitConfig:
     """How parameters are moved, the same for every model. Rates are per optimiser step; the rate ends at 0."""
 
     steps: int
-    optimizer: str = "adamw"  # or "muon": matrices by Muon, everything else by AdamW
+    optimizer: str = "adamw"  # "adamw8bit": its moments in a byte each; "muon": matrices by Muon, the rest by AdamW
     learning_rate: float = 1e-3
     muon_learning_rate: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -481,7 +481,7 @@ class ClipTraining:
     num_frames: int = 17
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     caption_dropout: float = 0.1  # share of samples that see the empty prompt
-    conditions: ConditionsConfig | None = None  # frames that are told; None: as of old, or the usual mixture
+    conditions: ConditionsConfig | None = None  # frames that are told; None: the usual mixture
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from videogen.data import video
 from videogen.data.files import sha256_of
 from videogen.data.manifest import Caption, add_line, json_lines, quarantine, read_quarantine
 from videogen.data.sources import MEMBERS, Dropped, Sample, samples
@@ -289,3 +291,77 @@ def test_what_is_no_source_is_said(tmp_path, where, monkeypatch):
     Path("clips.zip").touch()
     with pytest.raises(InvalidRequest):
         list(samples(where))
+
+
+def test_a_shard_without_an_end_or_with_more_behind_it_is_named(tmp_path):
+    path = shard(tmp_path / "s.tar", [("0.png", png()), ("1.png", png())])
+    whole, size = path.read_bytes(), tarfile.BLOCKSIZE * (1 + -(-len(png()) // tarfile.BLOCKSIZE))
+    for data, names in ((whole[:size], ["s/0", "s.tar"]), (whole + whole, ["s/0", "s/1", "s.tar"])):
+        path.write_bytes(data)
+        found = list(samples(path))
+        assert [one.name for one in found] == names
+        assert found[-1].reason == "damaged shard"
+
+
+def test_numbers_of_thousands_of_digits_end_nothing(tmp_path):
+    path = shard(tmp_path / "s.tar", [("0.png", png())])
+    for record in (b"000009000" + b"1" * 5000 + b" path=x\n", b"5021 size=" + b"9" * 5010 + b"\n"):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = tarfile.XHDTYPE, len(record.ljust(9000, b"x") if b"path" in record else record)
+        data = record.ljust(-(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, b"\0")
+        hostile = tmp_path / "hostile.tar"
+        hostile.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + data + path.read_bytes())
+        found = [getattr(one, "reason", "read") for one in samples(hostile)]
+        assert found == (["damaged shard"] if b"path" in record else ["read"])
+
+
+def test_words_and_names_that_are_no_utf8_can_be_written(tmp_path):
+    (tmp_path / "0.png").write_bytes(png())
+    Path(str(tmp_path / "metadata.jsonl")).write_text('{"file_name": "0.png", "text": "a \\ud800 cat"}\n')
+    (found,) = samples(tmp_path)
+    assert found.captions == (Caption("a \\ud800 cat"),)
+    header = tarfile.TarInfo("\udcff.png")
+    path = shard(tmp_path / "s.tar", [(header, png())], format=tarfile.GNU_FORMAT)
+    (found,) = samples(path)
+    assert found.name == "s/\\udcff"
+
+
+def test_pipes_and_links_in_a_folder_of_pictures_are_left_out(tmp_path):
+    source = tmp_path / "clips"
+    (source / "frames").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png())
+    (source / "frames/0.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(source / "pipe.mp4")
+    add_line(source / "metadata.jsonl", {"file_name": "frames", "text": ""})
+    add_line(source / "metadata.jsonl", {"file_name": "pipe.mp4", "text": ""})
+    assert [one.reason for one in samples(source)] == ["outside the folder", "no plain file"]
+
+
+def test_captions_that_are_never_drawn_are_said(clips):
+    path = clips / "weights.jsonl"
+    path.write_text(json.dumps({"file_name": "0.mp4", "captions": [{"text": "a", "weight": 0}]}) + "\n")
+    assert [one.reason for one in samples(path)] == ["bad caption"]
+
+
+def test_a_file_that_vanishes_is_unreadable(clips):
+    with pytest.raises(FileError):
+        Sample("a", (), clips / "gone.mp4", ".mp4").sha256()
+
+
+def test_clips_of_phones_are_upright_however_they_are_read(monkeypatch, clips):
+    monkeypatch.setattr(video, "_upright", lambda frame, upright=video._upright: upright(Turned(frame)))
+    path = clips / "0.mp4"
+    with video.stream_video(path) as (_, _, pictures):
+        streamed = np.stack(list(pictures))
+    read = video.read_video(path)[0]
+    assert read.shape == (5, 48, 32, 3)
+    assert np.array_equal(read, streamed)
+
+
+class Turned:
+    """A frame that says it was taken a quarter turn to the left."""
+
+    rotation = 90
+
+    def __init__(self, frame) -> None:
+        self.to_ndarray = frame.to_ndarray

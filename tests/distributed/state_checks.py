@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,12 +15,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from videogen.config import FitConfig
+from videogen.config import FitConfig, ParallelConfig
 from videogen.distributed.mesh import start
+from videogen.distributed.training import parallelize
 from videogen.errors import FileError
+from videogen.models.text import TextEncoder, tiny_t5, word_tokenizer
 from videogen.training import state as states
+from videogen.training.ema import ema_copy
 from videogen.training.optim import build_optimizers
 from videogen.training.state import StateWriter, newest_state, saved_states, tensors_of
+from videogen.training.trainer import fit
 
 FOLDER = Path(os.environ.get("STATE_FOLDER", "."))
 
@@ -197,6 +202,42 @@ def check_replicas_and_peers_write_once() -> None:
         same(whole(tensors_of({"net": again})), tensors_of({"net": Net(0)}))
 
 
+@torch.enable_grad()
+def check_averages_stay_spread_where_validation_computes_with_them() -> None:
+    """A forward without a backward pass leaves the weights of a root gathered."""
+    found = []
+    for validates in (False, True):
+        torch.manual_seed(0)
+        words = ("red", "blue", "circle")
+        text = TextEncoder(tiny_t5(len(words) + 3, d_model=8, num_heads=2, d_ff=16), word_tokenizer(words, 4), 4)
+        average = ema_copy(text)
+        parallel = parallelize({"text": text, "average": average}, ParallelConfig(shard=0), torch.device("cpu"))
+
+        def loss(model: nn.Module) -> Tensor:
+            assert isinstance(model, TextEncoder)
+            return model.encoder(model.token_ids(["red circle"])).last_hidden_state.square().mean()
+
+        def losses_at(step: int, text: TextEncoder = text) -> list:
+            return [(loss(text) / 2, {}, [f"{step}"])]
+
+        def validate(averages: Mapping[str, nn.Module], step: int) -> dict[str, float]:
+            with torch.no_grad():
+                return {"of_average": float(loss(averages["text"]))}
+
+        config = FitConfig(steps=4, learning_rate=0.01, warmup_steps=0, save_every=2, bfloat16=False)
+        kind = {"parallel": parallel, "averages": {"text": average}, "validate": validate if validates else None}
+        fit({"text": text}, losses_at, config, FOLDER / f"validates {validates}", **kind)
+        assert all(isinstance(p, DTensor) for p in average.parameters())
+        state = newest_state(FOLDER / f"validates {validates}")
+        assert state is not None
+        tensors = tensors_of({"text_ema": average})
+        found.append(whole(tensors))
+        state.read(into=tensors, some=True)
+        found.append(whole(tensors))
+    for other in found[1:]:
+        same(found[0], other)
+
+
 CHECKS = {
     2: [
         check_a_sharded_training_goes_on_bit_for_bit,
@@ -204,6 +245,7 @@ CHECKS = {
         check_what_all_have_is_written_once,
         check_what_fails_on_one_fails_on_all,
         check_all_pass_over_a_damaged_state,
+        check_averages_stay_spread_where_validation_computes_with_them,
     ],
     4: [check_replicas_and_peers_write_once],
 }

@@ -8,7 +8,7 @@ import vae_training_checks as checks
 from processes import run
 
 from videogen.config import VAEConfig
-from videogen.distributed.vae_training import plan_pieces
+from videogen.distributed.vae_training import plan_pieces, time_parallel
 from videogen.errors import InvalidRequest
 from videogen.training import vae as vae_training
 
@@ -59,6 +59,11 @@ def test_pieces_cover_the_clip_in_order():
                     assert spans[-1][1] == length
                     assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
                 assert plan.is_one_chunk == (config is one)
+
+
+def test_one_process_shares_with_nobody():
+    with pytest.raises(InvalidRequest, match="1 processes cannot share clips 2 by 2"):
+        time_parallel(2)
 
 
 def test_clips_that_cannot_be_shared_are_refused():

@@ -258,3 +258,11 @@ def test_facts_say_what_made_a_cache(cached, card):
     assert facts.vae != encode.encoder_hash(card, "vae", torch.bfloat16)
     assert facts.made_for["lengths"] == [9]
     assert text_key("a", facts.text) != text_key("b", facts.text)
+
+
+def test_a_damaged_list_of_windows_is_made_again_and_no_clip_is_lost(cached, source, card):
+    for index in (cached / "latents").rglob("*.json"):
+        index.write_text("{")
+    report = make_cache(str(source), card, cached, CUT)
+    assert (report.clips, report.windows, report.encoded) == (3, 4, 0)
+    assert report.reasons == {"too short": 1}

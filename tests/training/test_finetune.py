@@ -225,6 +225,9 @@ def test_from_scratch_the_base_gives_its_shape_and_no_weights(base, tmp_path):
 def test_a_base_is_told_what_it_was_told_before(base):
     card = read_card(base)
     assert {*kinds_of(usual_conditions(card))} == {"none", "first", "last", "first+last", "keyframes"}
+    assert {*kinds_of(ConditionsConfig(preset="open-sora-plan"))} == {
+        *("none", "first", "first+last", "prefix", "keyframes", "all")
+    }
     only_first = usual_conditions(dataclasses.replace(card, conditions=("text", "first_frame", "video")))
     assert (only_first.shares, only_first.dropout) == ({"first": 1.0}, 0.05)
     assert usual_conditions(dataclasses.replace(card, layout="text")).shares == {"none": 1.0}

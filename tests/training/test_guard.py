@@ -13,6 +13,7 @@ from videogen.training.guard import alone, check_devices, check_group, check_lau
 from videogen.training.run import main
 
 MEET = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", **MEET}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,8 @@ MEET = {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         {},
         {"WORLD_SIZE": "1"},
         {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", **MEET},  # torchrun
-        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", **MEET},  # a torchrun per node
+        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN},  # one per node
+        {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "16", **MEET},  # srun, a task per GPU
         {"WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "4", **MEET},  # srun, with the variables exported
         {"WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16", **MEET},  # accelerate launch on GPUs
         {"ACCELERATE_MIXED_PRECISION": "no"},  # accelerate launch of one process
@@ -39,7 +41,8 @@ def test_a_run_whose_processes_know_of_each_other_starts(environment) -> None:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 copies"),
         ({"PMI_SIZE": "4", "WORLD_SIZE": "2", **MEET}, "knows of 2"),
         # a torchrun on each of 2 nodes, without a common place to meet: two groups of eight
-        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", **MEET}, "of 8 processes"),
+        ({"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, "of 8 processes"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2", **TORCHRUN}, "of 2 processes"),
         # `accelerate launch --cpu --num_processes 2` starts one process and sets where to meet, not how many
         ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "started one"),
         ({"WORLD_SIZE": "4"}, "RANK, MASTER_ADDR, MASTER_PORT are not set"),

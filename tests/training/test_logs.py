@@ -23,6 +23,12 @@ def test_every_line_is_json_whatever_the_numbers(tmp_path):
     ]
 
 
+def test_a_name_may_hold_what_ends_a_line_elsewhere(tmp_path):
+    with Log(tmp_path) as log:
+        log.write(1, {"skipped": ["two\u2028lines\x85.mp4"]})
+    assert read_log(tmp_path) == [{"step": 1, "skipped": ["two\u2028lines\x85.mp4"]}]
+
+
 def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path):
     with Log(tmp_path) as log:
         for step in (10, 20, 30):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from videogen.config import FitConfig
+from videogen.config import FitConfig, ParallelConfig
 from videogen.errors import FileError, InvalidRequest, Note
 from videogen.training import state as states
 from videogen.training.ema import ema_copy, ema_update
@@ -90,6 +91,51 @@ def test_a_state_is_put_back_bit_for_bit(tmp_path: Path, optimizer: str) -> None
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert "net/blocks.0.weight" in wanted
     assert "net/again.weight" not in wanted, "each tensor once"
+
+
+def test_moments_of_a_byte_are_put_back_bit_for_bit(tmp_path: Path) -> None:
+    """AdamW with 8-bit moments: it learns what AdamW does, nearly; a state holds its codes and scales."""
+    pytest.importorskip("torchao")
+    ends = {}
+    for optimizer in ("adamw8bit", "adamw"):
+        torch.manual_seed(0)
+        net = nn.Linear(64, 64)
+        modules, config = {"net": net}, FitConfig(steps=9, optimizer=optimizer, learning_rate=0.01, weight_decay=0.1)
+        optimizers = build_optimizers(modules, config)
+        assert optimizers[0].param_groups[0]["peak_lr"] == pytest.approx(0.01)
+        found = []
+        for _ in range(2):  # the second time from the state
+            for step in range(3):
+                net(torch.randn(4, 64, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+                optimizers[0].param_groups[0]["lr"] = 0.01  # as the loop sets it
+                optimizers[0].step()
+                optimizers[0].zero_grad()
+                if step == 0 and not found:
+                    with StateWriter(tmp_path / optimizer) as writer:
+                        writer.save(1, tensors_of(modules, optimizers), {})
+                if step == 0 and found:
+                    state = newest_state(tmp_path / optimizer)
+                    assert state is not None
+                    state.read(into=tensors_of(modules, optimizers))
+            found.append({name: value.clone() for name, value in tensors_of(modules, optimizers).items()})
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+        ends[optimizer] = found[0]
+    moments = ends["adamw8bit"]
+    assert moments["optimizer/net/weight/exp_avg.codes"].dtype == torch.uint8
+    assert moments["optimizer/net/bias/exp_avg"].dtype == torch.float32
+    assert torch.allclose(moments["net/weight"], ends["adamw"]["net/weight"], atol=5e-3)
+    assert not torch.equal(moments["net/weight"], ends["adamw"]["net/weight"])
+
+
+def test_moments_of_a_byte_are_refused_where_they_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    config = FitConfig(steps=9, optimizer="adamw8bit")
+    with pytest.raises(InvalidRequest, match="needs torchao") as error:
+        build_optimizers({"net": Net()}, config)
+    assert "eight-bit" in error.value.hint
+    with pytest.raises(InvalidRequest, match="spread over processes"):
+        build_optimizers({"net": Net()}, dataclasses.replace(config, parallel=ParallelConfig(shard=0)))
 
 
 def test_names_depend_on_modules_and_optimisers_alone() -> None:
@@ -282,14 +328,14 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypa
 
 def test_two_trainings_cannot_share_a_folder(tmp_path: Path) -> None:
     hold = (
-        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('x', flush=True); input()"
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('x', flush=True); input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(FileError, match="another training writes to"):
+        with pytest.raises(FileError, match="another run is training into"):
             StateWriter(tmp_path)
         other.communicate(b"\n")
     save(tmp_path, 1)

@@ -128,6 +128,29 @@ def test_a_folder_of_clips_is_read_whole_in_each_epoch(tmp_path):
         training_clips(training(clips=str(tmp_path / "none")))
 
 
+def test_clips_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.gif").touch()
+    stream = training_clips(training(clips=str(tmp_path)))
+    assert {stream.name(number) for number in range(2)} == {"a/1.gif/0", "b/1.gif/0"}
+
+
+def test_a_stage_of_single_frames_is_no_clip_to_share(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    shared = []
+    group = type("Group", (), {"group": None, "data_rank": 0, "data_world": 1})
+    monkeypatch.setattr(vae_training, "time_parallel", lambda degree: group())
+    monkeypatch.setattr(vae_training, "share_time", lambda vae, frames, group: shared.append(frames) or WholeClips())
+    monkeypatch.setattr(vae_training, "fit", lambda *_, **__: (_ for _ in ()).throw(Stop()))
+    stages = [ClipStage(steps=1, num_frames=n, size=16, batch_size=2, image_share=0.0) for n in (1, 9)]
+    with pytest.raises(Stop):
+        train_vae(training(stages=stages, time_parallel=2), tmp_path, CPU)
+    assert shared == [9]
+
+
 # ---- the loss -------------------------------------------------------------------------------------------------------
 
 

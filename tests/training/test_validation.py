@@ -14,6 +14,7 @@ from videogen.diffusion import objective
 from videogen.diffusion.schedule import Schedule
 from videogen.evaluation import flicker, motion
 from videogen.testing import SCHEDULER, tiny_pipeline
+from videogen.training import validation
 from videogen.training.draws import draw_noise, draws
 from videogen.training.examples import Example
 from videogen.training.trainer import fit
@@ -181,6 +182,22 @@ def test_clips_of_both_weights_stand_in_one_picture(tmp_path):
         np.testing.assert_array_equal(picture[64:96, 48 * column : 48 * (column + 1)], clip[frame])
     assert not np.array_equal(picture[64:96], picture[96:])
     assert (tmp_path / "samples" / "prompts.txt").read_text() == "a red circle\na blue square\n"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_of_processes_that_share_samples_one_writes_the_pictures(tmp_path, monkeypatch, process):
+    """Those of a sequence group are all of data rank 0."""
+    monkeypatch.setattr(validation.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(validation.dist, "get_rank", lambda: process)
+    judge = Validation(
+        config=ValidationConfig(samples=1),
+        folder=tmp_path,
+        schedule=SCHEDULE,
+        generate=lambda modules: lambda prompts, scenes, seeds: [np.zeros((9, 4, 4, 3))],
+        rank=0,
+    )
+    judge({}, 1)
+    assert (tmp_path / "samples").exists() == (process == 0)
 
 
 def test_the_world_scores_while_it_trains(tmp_path):

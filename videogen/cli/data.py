@@ -43,7 +43,7 @@ def add_command(subparsers: Any) -> None:
     add("--check", metavar="DIR", help="what `data check` wrote: leave out its quarantine, cut clips at its cuts")
     add("--quarantine", metavar="FILE", help="another list of names to leave out")
     add("--words", action="store_true", help="keep captions as words: for a training with a text encoder of its own")
-    add("--frame-latents", action="store_true", help="single frames too, for a model that is to learn to be told them")
+    add("--frame-latents", action="store_true", help="encode frames alone too, for training image-to-video")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="of the encoders and the cache (default: float32 on a CPU)")
     add("--share", metavar="I/N", help="encode the I-th of N parts (default: RANK/WORLD_SIZE of torchrun, or all)")
@@ -79,7 +79,14 @@ def check(args: argparse.Namespace) -> None:
         raise InvalidRequest(
             f"there is no filter {unknown[0]!r}.", why=f"there are {', '.join(FILTERS)}.", hint="--drop none"
         )
-    cut = cut_of(args, card_of(args)) if args.model or (args.frames and args.size and args.fps) else None
+    given = [args.frames, args.size, args.fps]
+    if not args.model and any(given) and not all(given):
+        raise InvalidRequest(
+            "--frames, --size and --fps say together what windows are like.",
+            why="without --model nothing tells the others.",
+            hint="--model tiny, or all three.",
+        )
+    cut = cut_of(args, card_of(args)) if args.model or all(given) else None
     from videogen.data.check import check
 
     report = check(args.source, args.out, cut=cut, drop=drop, say=_say)
@@ -178,7 +185,7 @@ def cut_of(args: argparse.Namespace, card: Card | None) -> Cut:
         lengths, sizes, rate = (), (), 0.0
     lengths = tuple(numbers(args.frames, "frames")) or lengths
     sizes = tuple(size_of(text, card) for text in args.size.split(",")) if args.size else sizes
-    return Cut(lengths=lengths, sizes=sizes, rate=args.fps or rate, fit=args.fit)
+    return Cut(lengths=lengths, sizes=sizes, rate=rate if args.fps is None else args.fps, fit=args.fit)
 
 
 def numbers(text: str | None, param: str) -> list[int]:
@@ -192,7 +199,7 @@ def size_of(text: str, card: Card | None) -> tuple[int, int]:
     """ "720x480" as (height, width)."""
     width, _, height = text.strip().lower().partition("x")
     multiple = card.size_multiple if card else 1
-    if not (width.isdigit() and height.isdigit()) or int(width) % multiple or int(height) % multiple:
+    if not (width.isdecimal() and height.isdecimal()) or int(width) % multiple or int(height) % multiple:
         raise InvalidRequest(
             f"--size {text}.",
             why=f"a size is WIDTHxHEIGHT, in multiples of {multiple}.",
@@ -207,7 +214,7 @@ def share_of(text: str | None) -> tuple[int, int]:
     if text is None:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last)):
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
         raise InvalidRequest(f"--share {text}.", why="it is I/N, from 0/N on.", hint="--share 0/4", param="share")
     return int(first), int(last)
 

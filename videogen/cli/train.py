@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from videogen.config import load_training
-from videogen.errors import InvalidRequest
+from videogen.errors import InvalidRequest, VideogenError
 
 
 def add_command(subparsers: Any) -> None:
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
             print(folder)
     finally:
         if first:
-            plot(Path(config.folder), quiet=True)
+            with contextlib.suppress(OSError, VideogenError):  # what ended the run is what is told
+                plot(Path(config.folder), quiet=True)
 
 
 def plot(folder: Path, *, quiet: bool = False) -> None:

@@ -88,11 +88,11 @@ def caption_source(
         if isinstance(sample, Dropped):
             counts["dropped"] += 1
             continue
-        sha = sample.sha256()
-        if (sample.name, sha) in done:
-            counts["there already"] += 1
-            continue
         try:
+            sha = sample.sha256()
+            if (sample.name, sha) in done:
+                counts["there already"] += 1
+                continue
             text = caption_of(sample, by)
         except FileError as error:
             counts["dropped"] += 1

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from videogen.data.filters import DEFECTS, LIMITS, Thresholds, measure
-from videogen.data.manifest import add_line, json_lines, key_of, write_json, write_lines
+from videogen.data.manifest import add_line, in_utf8, json_lines, key_of, write_json, write_lines
 from videogen.data.sources import Dropped, Pictures, Sample, samples
 from videogen.data.windows import Cut, planned
 from videogen.errors import FileError, InvalidRequest
@@ -68,10 +68,13 @@ def _checked(
         known = {(line["name"], line.get("key")): line for _, line in json_lines(path, torn=True)}
     fresh: list[dict[str, Any]] = []
     for number, sample in enumerate(samples(source), start=1):
+        try:
+            sha = "" if isinstance(sample, Dropped) else sample.sha256()
+        except FileError as error:
+            sample, sha = Dropped(sample.name, "unreadable", error.why), ""
         if isinstance(sample, Dropped):
-            line: dict[str, Any] = {"name": sample.name, "bad": sample.reason, "why": sample.detail}
+            line: dict[str, Any] = {"name": sample.name, "bad": sample.reason, "why": in_utf8(sample.detail)}
         else:
-            sha = sample.sha256()
             key = key_of(sha, asdict(limits), sample.fps)
             line = known.get((sample.name, key)) or facts_of(sample, limits) | {"key": key, "sha256": sha}
             line["captions"] = [asdict(caption) for caption in sample.captions]

@@ -35,8 +35,13 @@ def captions_of(values: Any, *, where: str, source: str = "given") -> tuple[Capt
         if not 0 <= caption.weight < math.inf:
             raise InvalidRequest(f"{where} has a caption of weight {caption.weight}.", why="weights are 0 or more.")
         if caption.text.strip():
-            found.append(Caption(caption.text.strip(), caption.source, caption.weight))
+            found.append(Caption(in_utf8(caption.text.strip()), in_utf8(caption.source), caption.weight))
     return tuple(found)
+
+
+def in_utf8(text: str) -> str:
+    """With escapes for what UTF-8 cannot say: half characters of JSON, bytes of file names that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def key_of(*facts: Any) -> str:

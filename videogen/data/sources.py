@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from videogen.data.files import local, read_lines, sha256_of
-from videogen.data.manifest import Caption, captions_of, json_lines
+from videogen.data.manifest import Caption, captions_of, in_utf8, json_lines
 from videogen.data.video import MOST_IN_CLIP, read_image, stream_video
 from videogen.errors import FileError, InvalidRequest, VideogenError
 
@@ -62,7 +63,13 @@ class Sample:
     fps: float | int | None = None
 
     def sha256(self) -> str:
-        return hashlib.sha256(self.media).hexdigest() if isinstance(self.media, bytes) else sha256_of(self.media)
+        """Of the file's bytes. Raises FileError if it cannot be read (any more)."""
+        if isinstance(self.media, bytes):
+            return hashlib.sha256(self.media).hexdigest()
+        try:
+            return sha256_of(self.media)
+        except (OSError, InvalidRequest) as error:
+            raise FileError(f"{self.name} cannot be read.", why=str(error)) from error
 
     @property
     def is_still(self) -> bool:
@@ -136,8 +143,11 @@ def _source(where: str) -> Samples:
 def _unique(found: Samples) -> Samples:
     seen: set[str] = set()
     for one in found:
+        one = replace(one, name=in_utf8(one.name))
         if isinstance(one, Sample) and one.name in seen:
             one = Dropped(one.name, "name twice", "the first of this name is used")
+        elif isinstance(one, Sample) and one.captions and not any(caption.weight for caption in one.captions):
+            one = Dropped(one.name, "bad caption", "none of its captions has a weight above 0")
         seen.add(one.name)
         yield one
 
@@ -225,7 +235,11 @@ def _listed(folder: Path, name: str, captions: tuple[Caption, ...], fps: float |
         return Dropped(name, "outside the folder", "a list, or a link, names files of its own folder only")
     if not there:
         return Dropped(name, "no such file", str(path))
+    if not (path.is_dir() or path.is_file()):
+        return Dropped(name, "no plain file", "a pipe or a device")
     kind = "" if path.is_dir() else path.suffix.lower()
+    if not kind and any(not one.resolve().is_relative_to(folder.resolve()) for one in path.iterdir()):
+        return Dropped(name, "outside the folder", "a picture in it is a link")
     if kind not in ("", *MEDIA):
         return Dropped(name, "unknown kind", f"{kind or 'no ending'}: clips are {', '.join(MEDIA)}")
     beside = (folder / name).with_suffix(".txt")
@@ -292,11 +306,15 @@ def members(file: IO[bytes]) -> Iterator[Member]:
     while True:
         file.seek(at)
         header = file.read(tarfile.BLOCKSIZE)
+        if not header:
+            raise tarfile.ReadError("it has no end: it was cut off between two members")
         if not header.strip(b"\0"):
+            if any(rest.strip(b"\0") for rest in iter(lambda: file.read(2**20), b"")):
+                raise tarfile.ReadError("something follows its end, such as another shard: give each its own file")
             return
         info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         told_size = told.get("size", "")
-        size = int(told_size) if told_size.isascii() and told_size.isdigit() else info.size
+        size = int(told_size) if re.fullmatch("[0-9]{1,18}", told_size) else info.size
         start, at = at + tarfile.BLOCKSIZE, at + tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if size < 0 or start + size > end:
             raise tarfile.ReadError(f"it ends inside {info.name[:80]!r}")
@@ -327,7 +345,7 @@ def _pax(data: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     while data:
         length = data.split(b" ", 1)[0]
-        if not length.isdigit() or not len(length) < int(length[:9]) <= len(data):
+        if not re.fullmatch(b"[0-9]{1,9}", length) or not len(length) < int(length) <= len(data):
             raise tarfile.HeaderError("an extended header is damaged")
         record, data = data[len(length) + 1 : int(length)], data[int(length) :]
         name, _, value = record.decode(errors="replace").rstrip("\n").partition("=")
@@ -441,8 +459,18 @@ def huggingface(name: str) -> Samples:
         raise InvalidRequest(
             f"hf:{name} cannot be opened.", why=f"{type(error).__name__}: {error}", hint="check the name and the split."
         ) from error
-    for index, row in enumerate(rows):
+    index, rows = 0, iter(rows)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # as above, and damaged rows
+            raise FileError(
+                f"hf:{name} breaks off after {index} rows.", why=f"{type(error).__name__}: {error}", hint="run again."
+            ) from error
         yield _huggingface_row(f"{index:08}", row, column)
+        index += 1
 
 
 def _huggingface_row(name: str, row: dict[str, Any], column: str) -> Sample | Dropped:

@@ -308,7 +308,7 @@ def _read_stream(path: Path, limit: int | None) -> tuple[list[np.ndarray], float
         stream = file.streams.video[0]
         count = stream.frames or int((file.duration or 0) / 1e6 * float(stream.guessed_rate or 0)) or 1
         _check_size(path, stream.width, stream.height, min(count, limit or count))
-        pictures = (frame.to_ndarray(format="rgb24") for frame in islice(file.decode(video=0), limit))
+        pictures = (_upright(frame) for frame in islice(file.decode(video=0), limit))
         return _within(pictures, path), float(stream.guessed_rate) if stream.guessed_rate else None
 
 
@@ -344,12 +344,17 @@ def _upright_frames(file: Any, path: Path) -> Iterator[np.ndarray]:
             _check_size(path, frame.width, frame.height, 1)
             if frame.is_corrupt:
                 raise ValueError("a frame is damaged")
-            picture = frame.to_ndarray(format="rgb24")
-            yield np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+            yield _upright(frame)
     except VideogenError:
         raise
     except Exception as error:  # decoders raise their own kinds
         raise FileError(f"{path} cannot be read as a clip.", why=f"{type(error).__name__}: {error}") from error
+
+
+def _upright(frame: Any) -> UInt8[np.ndarray, "_H _W 3"]:
+    """A decoded frame as people see it: phones store how they were held."""
+    picture = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90))) if frame.rotation else picture
 
 
 def clip_facts(path: str | Path) -> dict[str, Any]:
@@ -363,9 +368,12 @@ def clip_facts(path: str | Path) -> dict[str, Any]:
         with open_clip(path) as file:
             stream = file.streams.video[0]
             _check_size(path, stream.width, stream.height, 1)
-            count = sum(1 for _ in file.decode(video=0))
+            count, turned = 0, False
+            for frame in file.decode(video=0):
+                count, turned = count + 1, round(frame.rotation / 90) % 2 == 1
+            width, height = (stream.height, stream.width) if turned else (stream.width, stream.height)
             rate = float(stream.guessed_rate) if stream.guessed_rate else None
-            return {"width": stream.width, "height": stream.height, "num_frames": count, "fps": rate}
+            return {"width": width, "height": height, "num_frames": count, "fps": rate}
     except VideogenError:
         raise
     except Exception as error:

@@ -38,7 +38,12 @@ class Cut:
     fit: str = "crop"
 
     def __post_init__(self) -> None:
-        if not self.lengths or not self.sizes or min(*self.lengths, *map(min, self.sizes)) < 1 or self.rate <= 0:
+        if (
+            not self.lengths
+            or not self.sizes
+            or min(*self.lengths, *map(min, self.sizes)) < 1
+            or not 0 < self.rate < math.inf
+        ):
             raise InvalidRequest(
                 f"windows of {self.lengths} frames and sizes {self.sizes} at {self.rate} per second.",
                 why="each is at least 1.",

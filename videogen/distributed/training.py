@@ -78,24 +78,10 @@ class Parallel:
             root.set_requires_all_reduce(last)
         yield
 
-    @torch.no_grad()
     def reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """After the last micro-batch: sums over the processes, of the gradients that FSDP has not summed already.
-
-        What no process has a gradient of keeps none, what some have gets one on all. `parameters` are the same on all.
-        """
-        plain = [p for p in parameters if not isinstance(p, DTensor)]
-        if self.grid is None or not plain:
-            return
-        reached = torch.tensor([p.grad is not None for p in plain], dtype=torch.int32, device=self.device)
-        dist.all_reduce(reached)
-        learning = [p for p, count in zip(plain, reached.tolist(), strict=True) if count]
-        for some in _messages(learning):
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
-            flat = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(flat)
-            for parameter, total in zip(some, flat.split([p.numel() for p in some]), strict=True):
-                parameter.grad = total.view_as(parameter).clone()
+        """After the last micro-batch: sums over the processes, of the gradients that FSDP has not summed already."""
+        if self.grid is not None:
+            sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
@@ -246,6 +232,25 @@ def with_weights(root: nn.Module, method: Callable[..., Any]) -> Callable[..., A
         register_fsdp_forward_method(root, "gathered")
     # FSDP sees no tensors go in, so it sums the gradients of the module's own weights once, at the end.
     return lambda *args: cast("Any", root).gathered(partial(method, *args))
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sums over all processes, which give the same `parameters`, in messages of `MESSAGE` values.
+
+    What no process has a gradient of keeps none, what some have gets one on all.
+    """
+    if not parameters:
+        return
+    reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(reached)
+    learning = [p for p, count in zip(parameters, reached.tolist(), strict=True) if count]
+    for some in _messages(learning):
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in some]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        for parameter, total in zip(some, flat.split([p.numel() for p in some]), strict=True):
+            parameter.grad = total.view_as(parameter).clone()
 
 
 def skeleton(module: nn.Module) -> nn.Module:

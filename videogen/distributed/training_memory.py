@@ -95,8 +95,11 @@ def step_memory(
 
 
 def moments(name: str, parameter: Tensor, optimizer: str) -> int:
-    """Bytes per value that the optimiser keeps: two numbers of AdamW, one of Muon, as wide as the weight."""
+    """Bytes per value that the optimiser keeps: two numbers of AdamW, one of Muon, as wide as the weight. In 8 bits two
+    codes of a byte; their scales, a 64th more, are left out."""
     is_hidden = parameter.ndim == 2 and "block" in name
+    if optimizer == "adamw8bit" and parameter.numel() >= 4096:
+        return 2
     return parameter.itemsize * (1 if optimizer == "muon" and is_hidden else 2)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from videogen.config import VAEConfig
 from videogen.distributed.mesh import part_sizes
+from videogen.distributed.training import sum_gradients
 from videogen.errors import InvalidRequest
 from videogen.models import vae as plain
 from videogen.models.causal import CausalConv3d, Memory
@@ -219,13 +220,7 @@ class TimeParallel:
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums over all processes: of the samples, and of their pieces."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        if not gradients:
-            return
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = total.view_as(parameter)
+        sum_gradients(parameters)
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))
@@ -238,7 +233,7 @@ class TimeParallel:
 
 def time_parallel(degree: int) -> TimeParallel:
     """All processes in groups of `degree` neighbours, each of which shares its clips; every process must call it."""
-    world = dist.get_world_size()
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if degree < 1 or world % degree:
         raise InvalidRequest(
             f"{world} processes cannot share clips {degree} by {degree}.",

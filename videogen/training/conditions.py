@@ -86,13 +86,18 @@ def noisy_image(config: ConditionsConfig, image: Float[Tensor, "..."], rng: np.r
     return image + sigma * noise.to(image)
 
 
-def stage_at(config: ConditionsConfig, done: float) -> ConditionStage:
-    """What holds when this part of the run is done."""
+def stages_of(config: ConditionsConfig) -> list[ConditionStage]:
+    """The stages of a run, one after the other; the last has no end."""
     if config.preset and config.preset not in CURRICULA:
         raise InvalidRequest(
             f"no curriculum {config.preset!r}.", hint=f"one of {', '.join(CURRICULA)}.", param="conditions.preset"
         )
-    stages = CURRICULA.get(config.preset) or [*config.curriculum, ConditionStage(share=1.0, shares=config.shares)]
+    return CURRICULA.get(config.preset) or [*config.curriculum, ConditionStage(share=1.0, shares=config.shares)]
+
+
+def stage_at(config: ConditionsConfig, done: float) -> ConditionStage:
+    """What holds when this part of the run is done."""
+    stages = stages_of(config)
     for stage in stages[:-1]:
         if done < stage.share:
             return stage

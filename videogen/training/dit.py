@@ -36,11 +36,13 @@ def train_dit(config: DiTTraining, vae: VAE, folder: Path, device: torch.device)
     rank, world = join_process_group(config.fit.safety.timeout)
     kind, judged = {"rank": rank, "world": world}, config.validation.clips
     shards = cached_latents(config, vae, folder / "latents", device, **kind)
-    apart = cached_latents(config, vae, folder / "latents", device, **kind, held_out=judged)
+    apart = cached_latents(config, vae, folder / "latents", device, **kind, held_out=judged) if judged else None
     if world > 1:
         dist.barrier()
     clips = WorldClips(config, read_latents(shards, config.clips), float(config.fps))
-    held_out = WorldClips(config, read_latents(apart, judged), float(config.fps), first=HELD_OUT, held_out=True)
+    held_out = None
+    if apart:
+        held_out = WorldClips(config, read_latents(apart, judged), float(config.fps), first=HELD_OUT, held_out=True)
 
     torch.manual_seed(config.fit.seed)
     dit, text = init_weights(DiT(config.model)), build_text_encoder(config)
@@ -113,7 +115,7 @@ def validation(
     config: DiTTraining,
     card: Card,
     vae: VAE,
-    held_out: WorldClips,
+    held_out: WorldClips | None,
     modules: Mapping[str, nn.Module],
     parallel: Parallel,
     device: torch.device,
@@ -142,7 +144,10 @@ def validation(
 
     def validate(averages: Mapping[str, nn.Module], step: int) -> dict[str, float]:
         with undisturbed([*averages.values()]):
-            return general(averages, step) | caption_losses(config, held_out, loss(averages), general.schedule)
+            figures = general(averages, step)
+            if held_out is not None:
+                figures |= caption_losses(config, held_out, loss(averages), general.schedule)
+            return figures
 
     return validate
 

@@ -164,8 +164,9 @@ class Encoder:
         sha = sample.sha256()
         index = entry(self.folder, "latents", key_of(sha, asdict(self.cut), cuts, sample.fps, self.made_with), ".json")
         if index.is_file():
-            found = [self._window(sample, sha, number, told) for number, told in enumerate(read_json(index)["windows"])]
-            if all(entry(self.folder, "latents", window.latents).is_file() for window in found):
+            told_of = _windows_told(index)
+            found = [self._window(sample, sha, number, told) for number, told in enumerate(told_of)]
+            if found and all(entry(self.folder, "latents", window.latents).is_file() for window in found):
                 return found, 0
         listed, made = [], 0
         for window in windows(sample, self.cut, cuts=cuts):
@@ -214,6 +215,14 @@ class Encoder:
     def close(self) -> None:
         self.vae = None
         _free(self.device)
+
+
+def _windows_told(index: Path) -> list[dict[str, Any]]:
+    """What an index says of a clip's windows; nothing if it is damaged: it is then made again."""
+    try:
+        return read_json(index)["windows"]
+    except (FileError, InvalidRequest, KeyError):
+        return []
 
 
 @torch.no_grad()

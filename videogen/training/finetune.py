@@ -33,12 +33,12 @@ from videogen.models.lora import ALL, adapters, add_lora, train_only_lora, updat
 from videogen.models.text import TextEncoder
 from videogen.models.vae import VAE
 from videogen.training.cached import CachedExamples, cached_examples
-from videogen.training.dit import HELD_OUT
+from videogen.training.conditions import stages_of
 from videogen.training.ema import ema_copy
 from videogen.training.encode import encoder_hash
 from videogen.training.examples import Example, Examples
 from videogen.training.export import finetuned_card, identity, save_adapters, save_model
-from videogen.training.latents import LatentClips, WorldClips, cached_latents, encode_clips, read_latents
+from videogen.training.latents import HELD_OUT, LatentClips, WorldClips, cached_latents, read_latents
 from videogen.training.lesson import Embed, Lesson, lengthened, told_nothing
 from videogen.training.step import Batches, losses_of
 from videogen.training.trainer import fit, join_process_group
@@ -287,14 +287,16 @@ def from_world(config: FinetuneTraining, card: Card, device: torch.device) -> Ma
     config = dataclasses.replace(config, **sizes)
     vae, words = load_pixels(card, torch.device("cpu"), torch.float32), load_words(card, device)
     rank, world = join_process_group()
-    folder = cached_latents(config, vae, Path(config.folder) / "latents", device, rank=rank, world=world)
+    path, judged = Path(config.folder) / "latents", config.validation.clips
+    folder = cached_latents(config, vae, path, device, rank=rank, world=world)
+    apart = cached_latents(config, vae, path, device, rank=rank, world=world, held_out=judged) if judged else folder
     if world > 1:
         dist.barrier()
 
     def examples(moments: LatentClips, **which: Any) -> Examples:
         return lengthened(WorldClips(config, as_told(moments, card), float(card.fps), **which), card)
 
-    held_out = held_out_latents(config, vae, device) if config.validation.clips else None
+    held_out = read_latents(apart, judged) if judged else None
     vae, steps = vae.to(weights_dtype(config)), config.validation.num_inference_steps
     return Material(
         examples(read_latents(folder, config.clips)),
@@ -303,13 +305,6 @@ def from_world(config: FinetuneTraining, card: Card, device: torch.device) -> Ma
         identity="world",
         clips=partial(pipeline_clips, vae=vae, text_encoder=words, steps=steps),
     )
-
-
-def held_out_latents(config: FinetuneTraining, vae: VAE, device: torch.device) -> LatentClips:
-    """Of clips of scenes that training never shows."""
-    indices = range(HELD_OUT, HELD_OUT + config.validation.clips)
-    parts = [encode_clips(config, vae, indices[i : i + 8], device, held_out=True) for i in range(0, len(indices), 8)]
-    return LatentClips(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def as_told(moments: LatentClips, card: Card) -> LatentClips:
@@ -399,8 +394,7 @@ ANY = ("first_frame", "last_frame", "keyframes")  # what prefix, suffix, every a
 
 def kinds_of(config: ConditionsConfig) -> list[str]:
     """The kinds of conditions that have a share at some time of the run."""
-    stages = [config.shares, *(stage.shares for stage in config.curriculum)]
-    return sorted({kind for shares in stages for kind, share in shares.items() if share})
+    return sorted({kind for stage in stages_of(config) for kind, share in stage.shares.items() if share})
 
 
 def conditions_of(kinds: Collection[str]) -> set[str]:

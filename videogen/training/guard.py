@@ -7,9 +7,7 @@ wrong. Launchers leave traces in the environment; the folder can be locked; the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from videogen.errors import FileError, InvalidRequest, Note
+from videogen.errors import InvalidRequest, Note
+from videogen.training.state_files import lock
 
 # How many processes a launcher started, by the variable in which it tells them so: Slurm's srun, and MPI's launchers.
 STARTED = {
@@ -36,7 +35,8 @@ def check_launch(environment: Mapping[str, str]) -> None:
     Raises InvalidRequest.
     """
     world = _count(environment, "WORLD_SIZE", 1)
-    local = _count(environment, "LOCAL_WORLD_SIZE", 1)
+    torchrun = "TORCHELASTIC_RUN_ID" in environment  # the launcher's copies are torchruns then, not this process's like
+    local = _count(environment, "LOCAL_WORLD_SIZE", 1) if torchrun else 1
     for name, launcher in STARTED.items():
         launched = _count(environment, name, 1)
         if launched > 1 and launched * local > world:
@@ -105,20 +105,12 @@ def alone(folder: Path) -> Iterator[None]:
     Raises FileError that names the process that has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise FileError(
-                f"another run is training into {folder}.",
-                why=f"it is {lock.read().strip() or 'a process that has just begun'}.",
-                hint="end that one, or give this one another folder=; several processes of one run: " + TORCHRUN,
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+    descriptor = lock(folder, ".run.lock")  # not that of its states, which the run itself takes
+    try:
         yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _count(environment: Mapping[str, str], name: str, otherwise: int) -> int:

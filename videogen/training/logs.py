@@ -60,7 +60,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run by rising step. Of a step that was written twice, before a stop and after it, the later ones
     count; a line that is not whole is passed over."""
     lines: dict[int, dict[str, Any]] = {}
-    for text in (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in (folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
             lines.setdefault(line["step"], {}).update(line)

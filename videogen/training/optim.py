@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from videogen.config import FitConfig
+from videogen.errors import InvalidRequest
 
 
 def build_optimizers(modules: dict[str, nn.Module], config: FitConfig, share: float = 1.0) -> list[Optimizer]:
@@ -18,10 +19,11 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig, share: fl
 
     Hidden are the matrices of the transformers' blocks and the VAE's convolutions that look around. Embeddings, norms,
     biases and the first and last layers always go to AdamW: Muon's orthogonal updates are meant for maps between hidden
-    layers. Every group remembers its peak rate under `peak_lr`: the config's, times `share`.
+    layers. "adamw8bit" is AdamW in less memory (`eight_bit`). Every group remembers its peak rate under `peak_lr`: the
+    config's, times `share`.
     """
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer {config.optimizer!r}: adamw or muon")
+    if config.optimizer not in ("adamw", "adamw8bit", "muon"):
+        raise ValueError(f"optimizer {config.optimizer!r}: adamw, adamw8bit or muon")
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for module in modules.values():
@@ -30,10 +32,11 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig, share: fl
                 hidden = config.optimizer == "muon" and is_hidden(name, parameter)
                 (matrices if hidden else others).append(parameter)
 
+    kind: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
     optimizers: list[Optimizer] = [
-        torch.optim.AdamW(
-            others, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
+        eight_bit(others, config, **kind)
+        if config.optimizer == "adamw8bit"
+        else torch.optim.AdamW(others, **kind, fused=True)
     ]
     if matrices:
         # match_rms_adamw gives updates the size of AdamW's, so one rate suits matrices of every shape.
@@ -47,8 +50,40 @@ def build_optimizers(modules: dict[str, nn.Module], config: FitConfig, share: fl
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = share * group["lr"]
+            group["peak_lr"] = share * float(group["lr"])
     return optimizers
+
+
+def eight_bit(parameters: list[nn.Parameter], config: FitConfig, **kind: Any) -> Optimizer:
+    """AdamW whose moments take a byte per value, with a scale per 256 (arXiv:2110.02861), by torchao.
+
+    Moments of tensors of fewer than 4096 values stay as they are. Raises InvalidRequest where torchao is not installed,
+    or weights are spread over processes.
+    """
+    if config.parallel.shard != 1:
+        raise InvalidRequest(
+            "optimizer adamw8bit does not go with weights that are spread over processes.",
+            why="blocks of 256 values share a scale, and parts of a tensor would be divided otherwise.",
+            hint="parallel.shard=1, or optimizer=adamw.",
+            param="fit.optimizer",
+        )
+    try:
+        from torchao.optim import AdamW8bit  # type: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InvalidRequest(
+            "optimizer adamw8bit needs torchao, which is not installed.",
+            why=f"{error}",
+            hint='pip install -e ".[eight-bit]", or optimizer=adamw.',
+            param="fit.optimizer",
+        ) from error
+    optimizer: Optimizer = AdamW8bit(parameters, **kind)
+
+    def rates_as_tensors(optimizer: Optimizer, *_: Any) -> None:  # torchao compiles its step and takes no other
+        for group in optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
+    optimizer.register_step_pre_hook(rates_as_tensors)
+    return optimizer
 
 
 def is_hidden(name: str, parameter: nn.Parameter) -> bool:

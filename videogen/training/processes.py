@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ class Replicated:
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.data_world == 1 or not parameters:
             return
+        reached = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32).to(parameters[0].device)
+        dist.all_reduce(reached)
+        parameters = list(itertools.compress(parameters, reached.tolist()))  # the others rest, as in one process
+        if not parameters:
+            return
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
@@ -95,14 +101,15 @@ def sum_over_all(numbers: Float64[Tensor, " n"]) -> list[float]:
     return numbers.tolist()
 
 
-def gather_values(value: Any, device: torch.device) -> list[Any]:
-    """What each process gives, by rank: anything JSON holds."""
+def gather_values(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """What each process gives, by rank: anything JSON holds, in tensors on `device`. Of a `group`, or of all."""
+    text = json.dumps(value).encode()
     if not dist.is_initialized():
-        return [value]
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor(len(data), device=device))
+        return [json.loads(text)]
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor(len(data), device=device), group=group)
     longest = max(int(size) for size in sizes)
     texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(texts, nn.functional.pad(data, (0, longest - len(data))))
-    return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+    dist.all_gather(texts, nn.functional.pad(data, (0, longest - len(data))), group=group)
+    return [json.loads(t[: int(n)].cpu().numpy().tobytes()) for t, n in zip(texts, sizes, strict=True)]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import math
 import signal
 import threading
@@ -16,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from videogen.data.files import sync
+from videogen.data import manifest
+from videogen.data.manifest import read_quarantine
 from videogen.errors import VideogenError
 
 QUARANTINE = "quarantine.jsonl"
@@ -62,13 +62,12 @@ class NormLimit:
 
 
 def quarantine(folder: Path, step: int, names: Sequence[str], why: str) -> None:
-    """Add samples to `folder/quarantine.jsonl`, a line each, once: a resumed run may meet them again."""
+    """Add samples to `folder/quarantine.jsonl` (`data.manifest.read_quarantine` reads it), each name once."""
     path = folder / QUARANTINE
-    known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    lines = [json.dumps({"name": name, "step": step, "why": why}) for name in names]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines if line not in known)
-    sync(path)
+    known = read_quarantine(path) if path.exists() else {}
+    for name in names:
+        if name not in known:
+            manifest.quarantine(path, name, "not finite", f"step {step}: {why}")
 
 
 class Watchdog:

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from videogen.data.files import sync
 from videogen.errors import FileError, InvalidRequest, Note, VideogenError
+from videogen.training.processes import gather_values
 from videogen.training.state_files import (
     DTYPES,
     FORMAT,
@@ -84,11 +85,19 @@ def tensors_of(modules: Mapping[str, nn.Module], optimizers: Iterable[Optimizer]
                 raise ValueError(f"{type(optimizer).__name__} moves a parameter that no module of the state has")
             for entry, value in sorted(optimizer.state[key].items()):
                 name = f"optimizer/{names[id(parameter)]}/{entry}"
-                if name in tensors or not isinstance(value, Tensor):
+                kept = _plain(name, value) if isinstance(value, Tensor) else {}
+                if not kept or kept.keys() & tensors.keys():
                     kind = type(value).__name__
                     raise ValueError(f"{name} is a {kind} of {type(optimizer).__name__}: one tensor of a name is kept")
-                tensors[name] = value
+                tensors |= kept
     return tensors
+
+
+def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
+    """The tensors that a value is made of: of a moment in 8 bits its codes and their scales. DTensors stay whole."""
+    if hasattr(value, "device_mesh") or not hasattr(value, "__tensor_flatten__"):
+        return {name: value}
+    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
 
 
 def _pairs(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
@@ -389,22 +398,17 @@ def _file_name(role: str, rank: int, world: int) -> str:
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """The JSON values of all processes, in order of their ranks."""
+    """`gather_values` of a gloo group; without one, of this process alone. Raises FileError for a lost process."""
     if group is None:
         return [json.loads(json.dumps(value))]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
     try:
-        dist.all_gather(lengths, torch.tensor([len(text)]), group=group)
-        texts = [torch.zeros(int(max(lengths)), dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(texts, torch.cat([text, text.new_zeros(len(texts[0]) - len(text))]), group=group)
+        return gather_values(value, torch.device("cpu"), group)
     except RuntimeError as error:
         raise FileError(
             "another process was lost while a state was saved or read.",
             why=str(error).splitlines()[0],
             hint="start the run again: it goes on from the newest whole state.",
         ) from error
-    return [json.loads(t[: int(n)].numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
 
 
 def _warn(text: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,21 +230,30 @@ def score_of(state: Path) -> float | None:
         return None
 
 
-def lock(folder: Path) -> int | None:
-    """Keep other processes out of a run's folder; the system lets go when this one ends, however it ends."""
+def lock(folder: Path, name: str = ".lock") -> int | None:
+    """Keep other processes out of a folder for as long as the descriptor is open: the system lets go of the file when
+    this process ends, however it ends. None where the file system has no locks.
+
+    Raises FileError that names the process that has it.
+    """
     try:
         import fcntl
     except ImportError:
         return None
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise FileError(
-            f"another training writes to {folder}.", why="its lock is held.", hint="wait for it, or another folder."
-        ) from None
-    except OSError:  # a file system without locks
+            f"another run is training into {folder}.",
+            why=f"it is {visible(holder) or 'a process that has just begun'}.",
+            hint="end that one, or give this one another folder=.",
+        ) from error
+    except OSError:
         os.close(descriptor)
         return None
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     return descriptor

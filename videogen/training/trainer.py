@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from videogen.config import FitConfig
@@ -112,6 +113,7 @@ def fit(
                 if save and validate and not stopping:
                     watchdog.feed()
                     figures = dict(validate(averages, done))
+                    spread_again([*modules.values(), *averages.values()])
             if "skipped" in line:
                 run.skip(step, line, folder, log)
             elif log and (done % config.log_every == 0 or save):
@@ -121,9 +123,9 @@ def fit(
                 watchdog.feed()
                 states.save(done, tensors, run.facts(settings), figures.get("held_out_loss"))
             if stopping and done < config.steps:
-                states.wait()
                 if run.rank == 0:
-                    (folder / REQUEUE).touch()
+                    (folder / REQUEUE).touch()  # while the others wait: the first to end may end all
+                states.wait()
                 raise Interrupted(
                     f"told to stop after step {done} of {config.steps}.",
                     why="the state is saved.",
@@ -270,6 +272,15 @@ class Run:
                 why=f"among the samples of this step: {shown}" if shown else "",
                 hint="look at these samples; a lower rate; safety.skips=N leaves out so many steps.",
             )
+
+
+def spread_again(modules: Iterable[nn.Module]) -> None:
+    """Lay sharded weights down where a forward without a backward pass has left them gathered: averages are updated,
+    and saved, as they lie."""
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def seed_layers(seed: int, device: torch.device) -> None:

@@ -69,7 +69,8 @@ def train_vae(config: VAETraining, folder: Path, device: torch.device) -> VAE:
     times: dict[int, Time] = {}  # of clips whose frames are shared, by their length
     if config.time_parallel > 1:
         shared = parallel = time_parallel(config.time_parallel)
-        times = {stage.num_frames: share_time(vae, stage.num_frames, shared.group) for stage in config.stages}
+        lengths = {stage.num_frames for stage in config.stages} - {1}
+        times = {length: share_time(vae, length, shared.group) for length in lengths}
 
     clips = training_clips(config)
     trained = fit(
@@ -83,13 +84,13 @@ def train_vae(config: VAETraining, folder: Path, device: torch.device) -> VAE:
         averages={"vae": average},
         settings=dataclasses.asdict(config),
     )
-    average = trained["vae"].cpu()
+    average = trained["vae"]
     assert isinstance(average, VAE)
     facts = settle_latents(average, clips.held_out(MEASURED), config.latents)
     if rank == 0:
         with written(folder / "latents.json") as part:
             part.write_text(json.dumps(facts, indent=1))
-    return average
+    return average.cpu()
 
 
 def first_vae(config: VAETraining) -> VAE:
@@ -273,7 +274,7 @@ class FolderClips:
 
     def name(self, number: int) -> str:
         epoch, place = self._place(number)
-        return f"{self.files[place].name}/{epoch}"
+        return f"{self.files[place].relative_to(self.config.clips).as_posix()}/{epoch}"
 
     def crop(self, number: int, batch: Batch, rng: np.random.Generator) -> Float[np.ndarray, "f s s 3"]:
         return cut(self._read(self.files[self._place(number)[1]], batch.num_frames, batch.size), batch, rng)

@@ -181,7 +181,8 @@ def init_vae(vae: VAE) -> None:
 @torch.no_grad()
 def latent_statistics(vae: VAE, clips: Float[Tensor, "n 3 F H W"]) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Mean and standard deviation of each channel of unscaled latents, sampled from the posterior, over all clips."""
-    moments = [vae.moments(clip) for clip in clips.split(1)]
+    device = vae.encoder.conv_out.weight.device
+    moments = [vae.moments(clip.to(device)) for clip in clips.split(1)]
     mean, logvar = (torch.cat(parts).double() for parts in zip(*moments, strict=True))
     variance = mean.var(dim=(0, 2, 3, 4)) + logvar.exp().mean(dim=(0, 2, 3, 4))
     return mean.mean(dim=(0, 2, 3, 4)), variance.sqrt()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Float, Num
 from PIL import Image
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ class Validation:
     raw       the modules that learn: their clips stand below those of the averages
     total     sums over data ranks; with one process nothing
 
-    With several processes, all call it, whether or not their weights are whole; rank 0 writes the pictures.
+    With several processes, all call it, whether or not their weights are whole; the first writes the pictures.
     """
 
     config: ValidationConfig
@@ -62,7 +63,7 @@ class Validation:
     generate: Callable[[Modules], Generate] | None = None
     prompts: Sequence[str] = ()
     raw: Modules = field(default_factory=dict)
-    rank: int = 0
+    rank: int = 0  # among those that share the examples
     world: int = 1
     total: Sum = lambda x: x
 
@@ -88,7 +89,7 @@ class Validation:
                     clips["raw"] = sample(self.generate({**averages, **self.raw}), prompts)
                 figures["sample_motion"] = float(np.mean([motion(clip) for clip in clips["average"]]))
                 figures["sample_flicker"] = float(np.mean([flicker(clip) for clip in clips["average"]]))
-                if self.rank == 0:
+                if is_first_process():
                     save_grid(self.folder / "samples" / f"step_{step:08d}.png", list(clips.values()))
                     with written(self.folder / "samples" / "prompts.txt") as part:
                         part.write_text("\n".join(prompts) + "\n", encoding="utf-8")
@@ -184,6 +185,10 @@ def world_prompts(count: int) -> list[str]:
 def sample(generate: Generate, prompts: Sequence[str]) -> list[np.ndarray]:
     """A clip [F, H, W, 3] for each prompt, clip i from seed i; one at a time, so that their number changes none."""
     return [generate([words], [], [seed])[0] for seed, words in enumerate(prompts)]
+
+
+def is_first_process() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[np.ndarray]], *, columns: int = 5) -> None:
