@@ -97,7 +97,7 @@ def _plain(name: str, value: Tensor) -> dict[str, Tensor]:
     """The tensors that a value is made of: of a moment in 8 bits its codes and their scales. DTensors stay whole."""
     if hasattr(value, "device_mesh") or not hasattr(value, "__tensor_flatten__"):
         return {name: value}
-    return {f"{name}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+    return {f"{name}.{part}": getattr(value, part) for part in cast("Any", value).__tensor_flatten__()[0]}
 
 
 def _pairs(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
